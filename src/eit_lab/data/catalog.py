@@ -1,0 +1,163 @@
+"""What a data set is before any image is read: sizes, classes, fingerprint. No torch.
+
+A wrong or incomplete ``data.root`` is one line here, saying what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from eit_lab.config import ConfigError, DataConfig, DigitsData, ImageNetData, SyntheticData, TorchvisionData
+from eit_lab.runs import DataFacts
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DIGITS_TEST_SHARE = 0.2
+_DIGITS_IMAGES = 1797
+# Debian's package dataset-fashion-mnist installs the four files here.
+_FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+_SMALL_SIZES = {"fashion_mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
+_CIFAR = {
+    "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
+    "cifar100": ("cifar-100-python", ["train", "test"]),
+}
+
+
+def describe(config: DataConfig) -> DataFacts:
+    """Sizes, classes and fingerprint of the configured data set. Raises ConfigError where its files are not as expected."""
+    match config:
+        case DigitsData():
+            num_test = round(DIGITS_TEST_SHARE * _DIGITS_IMAGES)
+            return _facts(config, _DIGITS_IMAGES - num_test, num_test, 10, _hash_files([_digits_file()]))
+        case TorchvisionData():
+            num_train, num_test = _SMALL_SIZES[config.dataset]
+            return _facts(config, num_train, num_test, config.num_classes, _hash_files(small_files(config)))
+        case SyntheticData():
+            return _facts(
+                config, config.num_samples, max(1, config.num_samples // 4), config.num_classes, "synthetic-1"
+            )
+        case ImageNetData():
+            return _describe_imagenet(config)
+
+
+def _facts(config: DataConfig, num_train: int, num_test: int, num_classes: int, fingerprint: str) -> DataFacts:
+    num_val = config.val_size if isinstance(config.val_size, int) else math.ceil(config.val_size * num_train)
+    if num_val >= num_train:
+        raise ConfigError(f"data.val_size must leave images to train on, got {num_val} of {num_train}")
+    return DataFacts(
+        num_classes=num_classes,
+        num_train=num_train - num_val,
+        num_val=num_val,
+        num_test=num_test,
+        fingerprint=fingerprint,
+    )
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _digits_file() -> Path:
+    spec = find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise ConfigError("data=digits needs scikit-learn, which is not installed")
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
+def small_files(config: TorchvisionData) -> list[Path]:
+    """The files of a small data set, wherever they lie: data.root, or where Debian puts them (Fashion-MNIST)."""
+    roots = [Path(config.root).expanduser()] if config.root else []
+    if config.dataset == "fashion_mnist":
+        folders = [folder for root in roots for folder in (root, root / "raw", root / "FashionMNIST" / "raw")]
+        for folder in [*folders, _FASHION_MNIST_DEBIAN]:
+            files = [_first_existing(folder, stem) for stem in _FASHION_MNIST_FILES]
+            if all(files):
+                return [file for file in files if file is not None]
+        expected = "four files train-images-idx3-ubyte[.gz] ... t10k-labels-idx1-ubyte[.gz]"
+        also = f", nor in {_FASHION_MNIST_DEBIAN} (Debian's dataset-fashion-mnist)"
+    else:
+        folder_name, names = _CIFAR[config.dataset]
+        for root in roots:
+            for folder in (root, root / folder_name):
+                if all((folder / name).is_file() for name in names):
+                    return [folder / name for name in names]
+        expected, also = f"the folder {folder_name}", ""
+    if not roots:
+        raise ConfigError(
+            f"data.root must name the folder with {expected}, got null{also}; or try data=digits, which needs no files"
+        )
+    raise ConfigError(
+        f"data.root must hold {expected}, not found in {config.root!r}{also}; data.download=true fetches it"
+    )
+
+
+def _first_existing(folder: Path, stem: str) -> Path | None:
+    return next((p for p in (folder / f"{stem}-ubyte", folder / f"{stem}-ubyte.gz") if p.is_file()), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- ImageNet
+
+
+def imagenet_root(config: ImageNetData) -> Path:
+    """The folder of an ImageNet-like data set, with train/ and val/ in it."""
+    if not config.root:
+        raise ConfigError(
+            "data.root must name the ImageNet folder (with train/ and val/), got null: give data.root=PATH or set "
+            "EIT_LAB_IMAGENET; without any files, experiment=demo or data=digits runs at once"
+        )
+    root = Path(config.root).expanduser()
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            there = sorted(p.name for p in root.iterdir())[:5] if root.is_dir() else None
+            found = "no such folder" if there is None else f"found {', '.join(there) or 'nothing'} there"
+            raise ConfigError(f"data.root must hold the folders train/ and val/, got {config.root!r}: {found}")
+    return root
+
+
+def class_files(split: Path) -> dict[str, list[str]]:
+    """Class folder -> sorted names of its image files, classes sorted: the order in which labels are given."""
+    found = {}
+    with os.scandir(split) as folders:
+        names = sorted(entry.name for entry in folders if entry.is_dir())
+    for name in names:
+        with os.scandir(split / name) as files:
+            found[name] = sorted(f.name for f in files if f.name.lower().endswith(IMAGE_SUFFIXES))
+    return found
+
+
+def _describe_imagenet(config: ImageNetData) -> DataFacts:
+    root = imagenet_root(config)
+    train, val = class_files(root / "train"), class_files(root / "val")
+    if not train:
+        raise ConfigError(f"data.root must hold one folder a class in train/, found none in {str(root / 'train')!r}")
+    if train.keys() != val.keys():
+        odd = sorted(train.keys() ^ val.keys())
+        raise ConfigError(
+            f"data.root must hold the same class folders in train/ ({len(train)}) and val/ ({len(val)}), "
+            f"got {str(root)!r}; on one side only: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
+        )
+    for split, classes in (("train", train), ("val", val)):
+        empty = [name for name, files in classes.items() if not files]
+        if empty:
+            raise ConfigError(
+                f"data.root must hold images in every class folder, got none in {str(root / split / empty[0])!r} "
+                f"({len(empty)} empty in {split}/)"
+            )
+    if config.num_classes is not None and config.num_classes != len(train):
+        raise ConfigError(
+            f"data.num_classes must be the number of class folders in train/ ({len(train)}), got {config.num_classes}"
+        )
+    digest = hashlib.sha256()
+    for classes in (train, val):
+        for name, files in classes.items():
+            digest.update(f"{name}\n{'/'.join(files)}\n".encode())
+    num_train, num_val = (sum(map(len, classes.values())) for classes in (train, val))
+    return _facts(config, num_train, num_val, len(train), digest.hexdigest()[:16])

@@ -1,0 +1,126 @@
+"""The LightningDataModule of every data set: global batches in, one rank's loaders out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from eit_lab.config import Config, ConfigError, ImageNetData
+from eit_lab.data.imagenet import FolderImages, load_imagenet
+from eit_lab.data.order import EvalBatches, Item, TrainBatches
+from eit_lab.data.small import Batch, InMemoryImages, load_small
+
+Part = Literal["train", "val", "test"]
+
+
+def per_device_batch(config: Config, *, world_size: int) -> int:
+    """Images of one device and micro-batch, from the GLOBAL batch. Refuses what does not divide, with the nearest that do."""
+    batch, accumulate = config.recipe.batch_size, config.trainer.accumulate_grad_batches
+    if batch % (world_size * accumulate) == 0:
+        return batch // (world_size * accumulate)
+    if batch % accumulate:
+        near = _nearest_divisors(batch, accumulate)
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches must divide recipe.batch_size ({batch}), got {accumulate}; nearest: {near}"
+        )
+    near = _nearest_divisors(batch // accumulate, world_size)
+    raise ConfigError(
+        f"trainer.devices times trainer.num_nodes must divide the global recipe.batch_size ({batch}"
+        f"{f' in {accumulate} micro-batches' if accumulate > 1 else ''}), got {world_size}; nearest: {near}"
+    )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    below = next(n for n in range(min(wanted, number), 0, -1) if number % n == 0)
+    above = next((n for n in range(wanted, number + 1) if number % n == 0), None)
+    return f"{below}" if above is None else f"{below} and {above}"
+
+
+class ImageData(LightningDataModule):
+    """Loaders of (images (B, C, H, W), labels (B,), sample indices (B,))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self._parts: Mapping[Part, InMemoryImages | FolderImages] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read the data set, or its file lists."""
+        if not self._parts:
+            data, seed = self.config.data, self.config.seed
+            self._parts = (
+                load_imagenet(data, seed=seed) if isinstance(data, ImageNetData) else load_small(data, seed=seed)
+            )
+        num_train = len(self._parts["train"])
+        if stage == "fit" and num_train < self.config.recipe.batch_size:
+            raise ConfigError(
+                f"recipe.batch_size must be at most the number of training images ({num_train}), "
+                f"got {self.config.recipe.batch_size}; nearest: {num_train}"
+            )
+
+    def part(self, name: Part) -> InMemoryImages | FolderImages:
+        """One part of the data set, read already."""
+        return self._parts[name]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's micro-batches of the global batches."""
+        rank, world_size = self._place()
+        per_device_batch(self.config, world_size=world_size)
+        sampler = TrainBatches(
+            len(self._parts["train"]),
+            batch_size=self.config.recipe.batch_size,
+            accumulate=self.config.trainer.accumulate_grad_batches,
+            rank=rank,
+            world_size=world_size,
+            seed=self.config.seed,
+            shuffle=self.config.trainer.overfit_batches == 0,
+        )
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the held-out slice of train."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the test set."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, name: Part) -> DataLoader[Batch]:
+        rank, world_size = self._place()
+        batch = per_device_batch(self.config, world_size=world_size)
+        return self._loader(
+            name, EvalBatches(len(self._parts[name]), batch_size=batch, rank=rank, world_size=world_size)
+        )
+
+    def _loader(self, name: Part, sampler: Any) -> DataLoader[Batch]:
+        num_workers = self._num_workers()
+        return DataLoader(
+            self._parts[name],
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _num_workers(self) -> int:
+        if self.config.data.num_workers is not None:
+            return self.config.data.num_workers
+        if not isinstance(self.config.data, ImageNetData):
+            return 0  # in memory: a batch takes less than handing it over would
+        local = self.trainer.num_devices if self.trainer is not None else 1
+        return max(1, len(os.sched_getaffinity(0)) // local)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+__all__ = ["Batch", "ImageData", "Item", "per_device_batch"]

@@ -1,0 +1,1 @@
+"""The one backbone, its parts, its cost, and its weights on disk."""

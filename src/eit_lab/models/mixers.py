@@ -1,0 +1,83 @@
+"""Token mixing: attention, convolution, and the split of the channels between them.
+
+Sources: the split mixer of EIT (arXiv:2203.07116): the FIRST conv_dim channels through a depthwise convolution on the token
+grid, the LAST attn_dim through multi-head self-attention, concatenated. LSRA (arXiv:2004.11886) is the same split, constant
+over the layers. With conv_dim = 0 it is the plain ViT's attention, the same operations to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eit_lab.schedule import LayerSplit
+
+# Up to so many tokens the product written out beats the fused kernel on CPU, forwards and with its backward:
+# benchmarks/records/attention-cpu.md, `python benchmarks/attention.py`.
+_CPU_TOKENS_WRITTEN_OUT = {torch.bfloat16: 512, torch.float32: 80}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, h, N, d); the one place that chooses how it is computed.
+
+    ``scaled_dot_product_attention``, except on CPU at few tokens, where its kernel (in bfloat16: its backward) is slower
+    than the plain product.
+    """
+    if q.device.type == "cpu" and q.shape[-2] <= _CPU_TOKENS_WRITTEN_OUT.get(q.dtype, 0):
+        return attention_written_out(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same product with its (B, h, N, N) matrix in memory."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on ``dim`` channels, qkv and projection with bias."""
+
+    def __init__(self, dim: int, *, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, a) -> (B, N, a)."""
+        B, N, a = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, a // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, a))
+
+
+class GridConv(nn.Module):
+    """Depthwise k x k convolution of tokens on their grid, stride 1, no bias. The CLS row passes unchanged."""
+
+    def __init__(self, dim: int, *, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, 1 + h w, c) -> (B, 1 + h w, c)."""
+        # The tokens are already an image in channels-last order: unflatten and permute are views, and the
+        # convolution reads its slice of the channels once.
+        image = x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, c, h, w)
+        tokens = self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.cat([x[:, :1], tokens], dim=1)
+
+
+class SplitMixer(nn.Module):
+    """The first ``conv_dim`` channels through the convolution, the last ``attn_dim`` through attention, concatenated."""
+
+    def __init__(self, split: LayerSplit, *, num_heads: int, kernel_size: int) -> None:
+        super().__init__()
+        self.split = split
+        self.conv = GridConv(split.conv_dim, kernel_size=kernel_size) if split.conv_dim else None
+        self.attn = SelfAttention(split.attn_dim, num_heads=num_heads) if split.attn_dim else None
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mix tokens on their grid: (B, 1 + h w, D) -> (B, 1 + h w, D)."""
+        conv_in, attn_in = x.split(list(self.split), dim=-1)
+        branches = [self.conv(conv_in, grid)] if self.conv is not None else []
+        branches += [self.attn(attn_in)] if self.attn is not None else []
+        return torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]

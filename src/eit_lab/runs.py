@@ -1,0 +1,269 @@
+"""A run's identity, its folder, and its record. No torch.
+
+The identity is a hash of what the result depends on: the resolved config (seed included), the data's fingerprint and the
+package's own source. It names the folder, so the same command finds its own run again, finished or half done, and two
+different runs can never share a folder. Where a run is placed (devices, workers, folders, loggers) is not part of it: a
+run may be resumed on other hardware.
+
+A folder holds config.yaml, versions.json, code.diff, checkpoints/, metrics.csv, and record.json, which later tools read.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from omegaconf import OmegaConf
+
+from eit_lab.config import Config, ConfigError, dump
+from eit_lab.version import __version__
+
+RECORD_SCHEMA = 1
+_PLACEMENT = (
+    "run",
+    "logger",
+    "data.root",
+    "data.download",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "trainer.progress_bar",
+)
+# Rooms whose code can change a result; reports, launchers and entry points cannot.
+_RESULT_ROOMS = ("config.py", "schedule.py", "models", "data", "training")
+_PACKAGES = (
+    "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scikit-learn", "wandb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a data set is, found without reading its images (data/catalog.py)."""
+
+    num_classes: int
+    num_train: int
+    """Training images, the held-out slice taken off."""
+    num_val: int
+    num_test: int
+    fingerprint: str
+    """Hash of the files that a result depends on, not of where they lie."""
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+def identity(config: Config, facts: DataFacts) -> str:
+    """Ten hex digits: the hash of the resolved config, the data and the code. Placement is left out."""
+    plain = dump(config)
+    for key in _PLACEMENT:
+        *parents, last = key.split(".")
+        node = plain
+        for parent in parents:
+            node = node[parent]
+        node.pop(last, None)
+    content = {"config": plain, "data": asdict(facts), "code": code_hash()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the package's code that a result depends on; comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for room in _RESULT_ROOMS:
+        path = here / room
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            tree = ast.parse(file.read_bytes())
+            for node in ast.walk(tree):
+                if (
+                    isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                    and ast.get_docstring(node) is not None
+                ):
+                    node.body = node.body[1:]
+            digest.update(f"{file.relative_to(here)}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:10]
+
+
+def run_name(config: Config, run_id: str) -> str:
+    """The folder's name: arm, data, seed, identity."""
+    return f"{config.model.name}-{config.data.name}-s{config.seed}-{run_id}"
+
+
+def is_main_process() -> bool:
+    """False in the processes that a launcher started beside the first one of a run."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
+
+
+# --------------------------------------------------------------------------------------------------------------- folder
+
+
+@dataclass
+class Run:
+    """A claimed run folder; ``state`` says what was found there."""
+
+    folder: Path
+    run_id: str
+    state: Literal["new", "resume", "finished"]
+    lock: IO[str] | None = None
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the newest training state is kept."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Where the weights with the best validation accuracy are kept."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+
+def claim(config: Config, facts: DataFacts) -> Run:
+    """Make or find the run's folder, and hold it until this process ends.
+
+    A new folder is made exclusively. A finished run is left alone unless ``run.overwrite``, which moves it aside. An
+    unfinished one is resumed, or refused with one line while another process holds it.
+    """
+    run_id = identity(config, facts)
+    folder = Path(config.run.root) / run_name(config, run_id)
+    if not is_main_process():
+        return Run(folder, run_id, "resume" if (folder / "checkpoints" / "last.ckpt").exists() else "new")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        return Run(folder, run_id, "new", _hold(folder))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(
+            f"run.root must be a folder that can be written, got {config.run.root!r}: {error.strerror}"
+        ) from None
+    record = read_record(folder)
+    finished = record is not None and record["status"] == "finished"
+    if finished and not config.run.overwrite:
+        return Run(folder, run_id, "finished")
+    lock = _hold(folder)
+    if config.run.overwrite:
+        aside = folder.parent / ".replaced" / f"{folder.name}-{time.time_ns()}"
+        aside.parent.mkdir(exist_ok=True)
+        folder.rename(aside)
+        lock.close()
+        folder.mkdir()
+        return Run(folder, run_id, "new", _hold(folder))
+    state: Literal["new", "resume"] = "resume" if (folder / "checkpoints" / "last.ckpt").exists() else "new"
+    return Run(folder, run_id, state, lock)
+
+
+def _hold(folder: Path) -> IO[str]:
+    """Lock a run folder for the life of this process; the operating system lets go, whatever ends the process."""
+    handle = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise
+        handle.seek(0)
+        holder = handle.read().strip() or "another process"
+        raise ConfigError(f"{folder} is being run by {holder}; wait for it, or stop it") from None
+    handle.seek(0)
+    handle.truncate()
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    handle.flush()
+    return handle
+
+
+def write_manifest(run: Run, config: Config, argv: list[str]) -> None:
+    """config.yaml (resolved), versions.json (packages, commit, host), code.diff (what is not committed)."""
+    (run.folder / "checkpoints").mkdir(exist_ok=True)
+    write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dump(config))))
+    commit, diff = code_state()
+    write_text(run.folder / "versions.json", json.dumps({**versions(), "commit": commit, "command": argv}, indent=2))
+    write_text(run.folder / "code.diff", diff)
+
+
+def versions() -> dict[str, Any]:
+    """Python, packages and host, as a record of what a result was made with."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return {
+        "eit_lab": __version__,
+        "code": code_hash(),
+        "python": sys.version.split()[0],
+        "packages": found,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def code_state() -> tuple[str | None, str]:
+    """(commit, diff against it) of the checkout this package runs from; (None, "") for an installed wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file() or shutil.which("git") is None:
+        return None, ""
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    diff = subprocess.run(["git", "-C", str(root), "diff", "HEAD"], capture_output=True, text=True, check=False)
+    return commit.stdout.strip() or None, diff.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- record
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """The run's record, atomically."""
+    write_text(folder / "record.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The run's record, or None where there is none yet."""
+    path = folder / "record.json"
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def find_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every run record in a folder: one run, a folder of runs, or a sweep (whose manifest names its runs)."""
+    manifest = folder / "sweep.json"
+    if manifest.is_file():
+        jobs = json.loads(manifest.read_text())["jobs"]
+        candidates = [folder / job["folder"] for job in jobs if job.get("folder")]
+    elif (folder / "record.json").is_file():
+        candidates = [folder]
+    else:
+        candidates = sorted(path.parent for path in folder.glob("*/record.json"))
+    for candidate in candidates:
+        record = read_record(candidate)
+        if record is not None:
+            yield {**record, "folder": str(candidate)}

@@ -1,0 +1,212 @@
+"""Run the points of a multirun, each in its own fresh process, its config frozen before the first one starts.
+
+A job's process sees no sweep: it gets one resolved file. So a later edit of a YAML changes nothing, nothing leaks from job
+to job, and DDP children re-execute their job, never the sweep. One job that fails is reported and the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED
+from eit_lab.compose import Point
+from eit_lab.config import Config, ConfigError, dump, nearest
+from eit_lab.data.catalog import describe
+from eit_lab.report.summary import write_summary
+from eit_lab.runs import code_state, identity, read_record, run_name, versions, write_text
+
+_POLL_S = 0.2
+_ERROR_LINES = 8
+# Of a launcher around us; a job must start as if it were typed.
+_NOT_FOR_JOBS = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Job:
+    """One job of a sweep."""
+
+    number: int
+    label: str
+    config: Config
+    identity: str
+    folder: Path
+    """Of the run, which the job itself makes."""
+    frozen: Path
+    log: Path
+    status: str = "waiting"
+
+
+def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[str]) -> int:
+    """Run every point in order; returns 0 when all are finished, 1 when one failed, 130 when interrupted."""
+    if launcher.get("kind") != "process":
+        kind = str(launcher.get("kind") or launcher.get("_target_"))
+        raise ConfigError(f"hydra/launcher must be one of process, got {kind!r}{nearest(kind, ['process'])}")
+    root = Path(points[0].config.run.root)
+    folder, jobs = _freeze(points, root)
+    commit, diff = code_state()
+    manifest = {"schema": 1, "id": folder.name, "command": list(argv), "commit": commit, "versions": versions()}
+    write_text(folder / "code.diff", diff)
+    print(f"sweep {folder.name}: {len(jobs)} jobs, folder {folder}", flush=True)
+    began = time.monotonic()
+    status = 0
+    with _progress() as progress:
+        whole = progress.add_task("jobs", total=len(jobs), note="")
+        for job in jobs:
+            _write_manifest(folder, manifest, jobs)
+            if _is_finished(job):
+                job.status = "finished"
+                _say(progress, f"job {job.number + 1}/{len(jobs)}  {job.label}: finished already, skipped")
+            else:
+                interrupted = _run_job(job, jobs, progress)
+                _write_manifest(folder, manifest, jobs)
+                if interrupted:
+                    status = EXIT_INTERRUPTED
+                    break
+            progress.advance(whole)
+    _write_manifest(folder, manifest, jobs)
+    failed = [job for job in jobs if job.status == "failed"]
+    print(write_summary(folder))
+    print(f"{len(jobs)} jobs in {time.monotonic() - began:.0f} s: {sum(j.status == 'finished' for j in jobs)} finished, "
+          f"{len(failed)} failed{', the rest not started: the same command goes on' if status else ''}")  # fmt: skip
+    for job in failed:
+        print(f"failed: job {job.number + 1} ({job.label}), log {job.log}", file=sys.stderr)
+    return status or (EXIT_FAILED if failed else 0)
+
+
+def _freeze(points: Sequence[Point], root: Path) -> tuple[Path, list[Job]]:
+    """The sweep's folder, named by the runs it holds, and its jobs with their configs on disk."""
+    facts = {point.config.data: None for point in points}
+    described = {data: describe(data) for data in facts}
+    ids = [identity(point.config, described[point.config.data]) for point in points]
+    for number, run_id in enumerate(ids):
+        if (first := ids.index(run_id)) != number:
+            raise ConfigError(
+                f"the points of a sweep must be different runs; {' '.join(points[first].overrides) or 'point 1'!r} and "
+                f"{' '.join(points[number].overrides) or f'point {number + 1}'!r} are the same run"
+            )
+    sweep_id = hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:10]
+    folder = root / "sweeps" / sweep_id
+    try:
+        (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.root must be a folder that can be written, got {str(root)!r}: {error.strerror}"
+        ) from None
+    jobs = []
+    for number, (point, run_id) in enumerate(zip(points, ids, strict=True)):
+        config = dataclasses.replace(point.config, run=dataclasses.replace(point.config.run, sweep=sweep_id))
+        frozen = folder / "jobs" / f"{number:03d}.yaml"
+        write_text(frozen, OmegaConf.to_yaml(OmegaConf.create(dump(config))))
+        job = Job(
+            number=number,
+            label=" ".join(point.overrides) or config.model.name,
+            config=config,
+            identity=run_id,
+            folder=Path(config.run.root) / run_name(config, run_id),
+            frozen=frozen,
+            log=frozen.with_suffix(".log"),
+        )
+        jobs.append(job)
+    return folder, jobs
+
+
+def _run_job(job: Job, jobs: Sequence[Job], progress: Progress) -> bool:
+    """Run one job to its end; True when the user interrupted it."""
+    job.status = "running"
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_JOBS}
+    task = progress.add_task(job.label, total=None, note="starting")
+    head = f"job {job.number + 1}/{len(jobs)}  {job.label}"
+    began = time.monotonic()
+    interrupted = False
+    with job.log.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "eit_lab.train", "--frozen", str(job.frozen)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        while process.poll() is None:
+            try:
+                _show_progress(job, progress, task)
+                time.sleep(_POLL_S)
+            except KeyboardInterrupt:  # the terminal has sent it to the job too: let it save and end
+                interrupted = True
+    progress.remove_task(task)
+    record = read_record(job.folder)
+    if process.returncode == 0 and record is not None and record["status"] == "finished":
+        job.status = "finished"
+        accuracy = 100 * record["result"]["test/acc1"]
+        _say(progress, f"{head}: test top-1 {accuracy:.2f}%, {time.monotonic() - began:.0f} s")
+    elif interrupted:
+        job.status = "interrupted"
+    else:
+        job.status = "failed"
+        lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+        _say(progress, f"{head}: FAILED (exit status {process.returncode})")
+        for line in lines[-_ERROR_LINES:]:
+            _say(progress, f"    {line}")
+    return interrupted
+
+
+def _show_progress(job: Job, progress: Progress, task: Any) -> None:
+    record = read_record(job.folder) if job.folder.is_dir() else None
+    if record is not None and record["status"] == "running" and (now := record.get("progress")):
+        note = f"val top-1 {100 * now['val/acc1']:.1f}%"
+        progress.update(task, completed=now["step"], total=now["steps"], note=note)
+
+
+def _is_finished(job: Job) -> bool:
+    record = read_record(job.folder) if job.folder.is_dir() else None
+    return record is not None and record["status"] == "finished" and not job.config.run.overwrite
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    listed = [
+        {
+            "label": job.label,
+            "identity": job.identity,
+            "status": job.status,
+            "folder": os.path.relpath(job.folder, folder),
+            "frozen": f"jobs/{job.frozen.name}",
+            "log": f"jobs/{job.log.name}",
+            "arm": job.config.model.name,
+            "seed": job.config.seed,
+        }
+        for job in jobs
+    ]
+    write_text(folder / "sweep.json", json.dumps({**manifest, "jobs": listed}, indent=2) + "\n")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _say(progress: Progress, line: str) -> None:
+    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,101 @@
+"""Train one run, or with -m every point of a sweep: ``python -m eit_lab.train model=eit_base trainer.devices=8``.
+
+Configuration is checked, all of it, before torch is imported. One mistake is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eit_lab import command
+
+if TYPE_CHECKING:
+    from eit_lab.config import Config
+    from eit_lab.runs import DataFacts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted."""
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        from eit_lab.help import train_help
+
+        print(train_help())
+        return 0
+    if argv[:1] == ["--frozen"]:
+        return _run(_read_frozen(argv), argv)
+
+    from eit_lab.compose import compose_one, compose_points, hand_over_to_hydra, parse_flags
+
+    flags = parse_flags(argv)
+    if flags.wants_hydra:
+        return hand_over_to_hydra(argv)
+    if not flags.multirun:
+        config = compose_one(flags.overrides, config_name=flags.config_name, config_dirs=flags.config_dirs)
+        return _run(config, argv)
+
+    from eit_lab.sweep.launch import launch
+
+    points, launcher = compose_points(flags.overrides, config_name=flags.config_name, config_dirs=flags.config_dirs)
+    return launch(points, launcher, argv)
+
+
+def _read_frozen(argv: list[str]) -> Config:
+    """The config that a sweep froze for this job: no groups, no YAML of today."""
+    from omegaconf import OmegaConf
+
+    from eit_lab.config import ConfigError, load
+
+    if len(argv) != 2 or not Path(argv[1]).is_file():
+        raise ConfigError(f"--frozen takes the file of one resolved config, got {' '.join(argv[1:]) or 'nothing'}")
+    plain = OmegaConf.to_container(OmegaConf.load(argv[1]))
+    assert isinstance(plain, dict)
+    return load({str(key): value for key, value in plain.items()})
+
+
+def _run(config: Config, argv: list[str]) -> int:
+    from eit_lab.runs import claim, is_main_process, read_record
+
+    facts = _facts(config)
+    run = claim(config, facts)
+    if run.state == "finished":
+        record = read_record(run.folder)
+        assert record is not None
+        print(
+            f"finished already: test top-1 {100 * record['result']['test/acc1']:.2f}%, folder {run.folder}\n"
+            "run.overwrite=true starts anew"
+        )
+        return 0
+
+    from eit_lab.training.fit import closing_line, fit, stop_line
+
+    try:
+        record = fit(config, facts, run, argv)
+    except BaseException:
+        if is_main_process():
+            print(stop_line(run, argv), file=sys.stderr, flush=True)
+        raise
+    if is_main_process():
+        print(closing_line(record, run), flush=True)
+    return 0
+
+
+def _facts(config: Config) -> DataFacts:
+    from eit_lab.config import TorchvisionData
+    from eit_lab.data.catalog import describe
+
+    if isinstance(config.data, TorchvisionData) and config.data.download:
+        from eit_lab.data.small import download
+
+        download(config.data)
+    return describe(config.data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

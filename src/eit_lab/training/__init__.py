@@ -1,0 +1,1 @@
+"""Training: the LightningModule, the optimizer, what is watched while it runs, and the run from claim to result."""
