@@ -1,0 +1,84 @@
+"""Shared by the tests: the real commands as subprocesses, and small data that the tests make themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+for name in ("EIT_LAB_IMAGENET", "EIT_LAB_DATA", "EIT_LAB_RUNS", "WANDB_MODE"):
+    os.environ.pop(name, None)
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., Done]:
+    """Run ``python -m eit_lab.NAME ...`` in an empty folder, as a user would."""
+
+    def run(name: str, *args: str, env: dict[str, str] | None = None) -> Done:
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", f"eit_lab.{name}", *args],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr, time.perf_counter() - began)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lookalike(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small look-alike of ImageNet: train/ and val/, four classes, JPEGs of odd sizes cut from two real photographs."""
+    from sklearn.datasets import load_sample_images
+
+    root = tmp_path_factory.mktemp("imagenet")
+    photographs = load_sample_images().images
+    rng = np.random.default_rng(0)
+    for split, per_class in (("train", 8), ("val", 3)):
+        for label in range(4):
+            folder = root / split / f"n0000000{label}"
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                photo = photographs[label % 2]
+                h, w = rng.integers(180, 320, 2)
+                y, x = rng.integers(0, photo.shape[0] - h), rng.integers(0, photo.shape[1] - w)
+                image = photo[y : y + h, x : x + w] if label < 2 else 255 - photo[y : y + h, x : x + w]
+                Image.fromarray(image).save(folder / f"{folder.name}_{number}.JPEG", quality=90)
+    return root
+
+
+# Small and quick: what a test of the program, not of the model, trains.
+TINY = (
+    "model=eit_nano",
+    "model.size.embed_dim=16",
+    "model.size.depth=2",
+    "data=synthetic",
+    "data.img_size=8",
+    "data.num_samples=64",
+    "recipe=small",
+    "recipe.batch_size=16",
+    "recipe.epochs=2",
+    "recipe.warmup_epochs=0.0",
+    "logger=none",
+    "trainer.accelerator=cpu",
+)
