@@ -72,6 +72,7 @@ TINY = (
     "model=eit_nano",
     "model.size.embed_dim=16",
     "model.size.depth=2",
+    "model.size.num_heads=4",
     "data=synthetic",
     "data.img_size=8",
     "data.num_samples=64",

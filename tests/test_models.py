@@ -148,7 +148,7 @@ def test_every_stem_makes_the_same_tokens(stem: str, img_size: int | tuple[int, 
     model = Backbone(config, num_classes=3, img_size=img_size).eval()
     h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
     assert model.grid == grid
-    assert model.forward_features(torch.randn(1, 3, h, w)).shape == (1, 1 + grid[0] * grid[1], 96)
+    assert model.forward_features(torch.randn(1, 3, h, w)).shape == (1, 1 + grid[0] * grid[1], 64)
 
 
 @pytest.mark.parametrize(("depth", "pitch", "kernels"), [(1, 16, [3, 8]), (4, 16, [3, 3, 3, 3, 1]), (5, 16, [3] * 5 + [1]), (3, 12, [3, 3, 3, 1])])
@@ -194,15 +194,15 @@ def test_timms_manners() -> None:
     model = create_model("eit_nano", num_classes=5, img_size=32)
     images = torch.randn(2, 3, 32, 32)
     features = model.forward_features(images)
-    assert model.num_features == 96
-    assert features.shape == (2, 65, 96)
-    assert model.forward_head(features, pre_logits=True).shape == (2, 96)
+    assert model.num_features == 64
+    assert features.shape == (2, 65, 64)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 64)
     assert torch.equal(model.forward_head(features), model(images))
     model.reset_classifier(3)
     assert model(images).shape == (2, 3)
     assert model.get_classifier().out_features == 3
     model.reset_classifier(0)
-    assert model(images).shape == (2, 96)
+    assert model(images).shape == (2, 64)
 
 
 def test_initialisation_is_the_published_one() -> None:

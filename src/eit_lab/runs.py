@@ -128,6 +128,13 @@ class Run:
     state: Literal["new", "resume", "finished"]
     lock: IO[str] | None = None
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
     @property
     def last_checkpoint(self) -> Path:
         """Where the newest training state is kept."""
@@ -181,10 +188,11 @@ def _hold(folder: Path) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise
         handle.seek(0)
         holder = handle.read().strip() or "another process"
+        handle.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise
         raise ConfigError(f"{folder} is being run by {holder}; wait for it, or stop it") from None
     handle.seek(0)
     handle.truncate()

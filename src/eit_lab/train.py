@@ -5,6 +5,7 @@ Configuration is checked, all of it, before torch is imported. One mistake is on
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from eit_lab import command
 
 if TYPE_CHECKING:
     from eit_lab.config import Config
-    from eit_lab.runs import DataFacts
+    from eit_lab.runs import DataFacts, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def _main(argv: list[str]) -> int:
         print(train_help())
         return 0
     if argv[:1] == ["--frozen"]:
-        return _run(_read_frozen(argv), argv)
+        return _run(_read_frozen(argv), argv, announce=Path(argv[1]).with_suffix(".json"))
 
     from eit_lab.compose import compose_one, compose_points, hand_over_to_hydra, parse_flags
 
@@ -59,20 +60,28 @@ def _read_frozen(argv: list[str]) -> Config:
     return load({str(key): value for key, value in plain.items()})
 
 
-def _run(config: Config, argv: list[str]) -> int:
-    from eit_lab.runs import claim, is_main_process, read_record
+def _run(config: Config, argv: list[str], *, announce: Path | None = None) -> int:
+    from eit_lab.runs import claim, is_main_process, write_text
 
     facts = _facts(config)
-    run = claim(config, facts)
-    if run.state == "finished":
-        record = read_record(run.folder)
-        assert record is not None
-        print(
-            f"finished already: test top-1 {100 * record['result']['test/acc1']:.2f}%, folder {run.folder}\n"
-            "run.overwrite=true starts anew"
-        )
-        return 0
+    with claim(config, facts) as run:
+        if announce is not None and is_main_process():
+            write_text(announce, json.dumps({"identity": run.run_id, "folder": str(run.folder)}))
+        return _report_finished(run) if run.state == "finished" else _fit(config, facts, run, argv)
 
+
+def _report_finished(run: Run) -> int:
+    from eit_lab.runs import read_record
+
+    record = read_record(run.folder)
+    assert record is not None
+    accuracy = 100 * record["result"]["test/acc1"]
+    print(f"finished already: test top-1 {accuracy:.2f}%, folder {run.folder}\nrun.overwrite=true starts anew")
+    return 0
+
+
+def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
+    from eit_lab.runs import is_main_process
     from eit_lab.training.fit import closing_line, fit, stop_line
 
     try:

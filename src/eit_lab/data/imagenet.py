@@ -40,7 +40,7 @@ class FolderImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitems__(self, items: Sequence[Item]) -> Batch:
+    def __getitem__(self, items: Sequence[Item]) -> Batch:
         """Images (B, 3, H, W) float32, labels (B,), sample indices (B,)."""
         loaded = [self._load(epoch, index) for epoch, index in items]
         images = torch.stack([image for image, _ in loaded])
@@ -81,10 +81,18 @@ class FolderImages(Dataset[Batch]):
 
 
 def eval_crop(image: Image.Image, hw: tuple[int, int], *, resize_share: float) -> Image.Image:
-    """Resize, bicubic, so that the crop takes ``resize_share`` of the tighter side; then the centre crop of (h, w)."""
-    scale = max(hw[0] / image.height, hw[1] / image.width) / resize_share
-    image = F.resize(image, [round(image.height * scale), round(image.width * scale)], InterpolationMode.BICUBIC)
-    return F.center_crop(image, list(hw))
+    """Resize, bicubic, so that the crop takes ``resize_share`` of the tighter side; then the centre crop of (h, w).
+
+    For a square crop this is torchvision's Resize(h / resize_share) and CenterCrop(h), pixel for pixel.
+    """
+    h, w = hw
+    if image.height * w <= image.width * h:
+        height = round(h / resize_share)
+        width = int(height * image.width / image.height)
+    else:
+        width = round(w / resize_share)
+        height = int(width * image.height / image.width)
+    return F.center_crop(F.resize(image, [height, width], InterpolationMode.BICUBIC), [h, w])
 
 
 def load_imagenet(config: ImageNetData, *, seed: int) -> Mapping[Literal["train", "val", "test"], FolderImages]:

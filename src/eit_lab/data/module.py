@@ -77,7 +77,7 @@ class ImageData(LightningDataModule):
             rank=rank,
             world_size=world_size,
             seed=self.config.seed,
-            shuffle=self.config.trainer.overfit_batches == 0,
+            repeat_first_epoch=self.config.trainer.overfit_batches > 0,
         )
         return self._loader("train", sampler)
 
@@ -98,10 +98,12 @@ class ImageData(LightningDataModule):
 
     def _loader(self, name: Part, sampler: Any) -> DataLoader[Batch]:
         num_workers = self._num_workers()
+        # A whole batch is one item of the data set (batch_size=None), and our batches are the sampler. NOTE: as a
+        # batch_sampler they would never be told the epoch: Lightning tells the sampler only.
         return DataLoader(
             self._parts[name],
-            batch_sampler=sampler,
-            collate_fn=_as_is,
+            sampler=sampler,
+            batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
@@ -117,10 +119,6 @@ class ImageData(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 __all__ = ["Batch", "ImageData", "Item", "per_device_batch"]

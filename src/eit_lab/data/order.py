@@ -62,11 +62,11 @@ class TrainBatches(Sampler[list[Item]]):
         rank: int,
         world_size: int,
         seed: int,
-        shuffle: bool,
+        repeat_first_epoch: bool = False,
     ) -> None:
         assert batch_size % (accumulate * world_size) == 0, "derive the micro-batch with per_device_batch first"
         self.num_samples, self.batch_size, self.accumulate = num_samples, batch_size, accumulate
-        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
+        self.rank, self.world_size, self.seed, self.repeat_first_epoch = rank, world_size, seed, repeat_first_epoch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,11 +77,8 @@ class TrainBatches(Sampler[list[Item]]):
         return self.num_samples // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[list[Item]]:
-        epoch = self.epoch
-        if self.shuffle:
-            order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
-        else:
-            order = np.arange(self.num_samples)
+        epoch = 0 if self.repeat_first_epoch else self.epoch
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
         steps = order[: self.num_samples // self.batch_size * self.batch_size]
         for batch in steps.reshape(-1, self.world_size, self.batch_size // (self.accumulate * self.world_size)):
             yield [(epoch, int(index)) for index in batch[self.rank]]

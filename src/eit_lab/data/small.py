@@ -41,7 +41,7 @@ class InMemoryImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, items: Sequence[Item]) -> Batch:
+    def __getitem__(self, items: Sequence[Item]) -> Batch:
         """The batch of these samples; augmented by (seed, epoch, index) when this is a training set."""
         index = np.array([index for _, index in items])
         images = self.images[index]

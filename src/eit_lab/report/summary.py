@@ -13,6 +13,7 @@ from rich.table import Table
 
 from eit_lab.report.arms import Arm, Estimate, Record, estimate, group_arms, paired_difference
 from eit_lab.runs import find_records, write_text
+from eit_lab.units import si
 
 COLUMNS = ("arm", "parameters", "MACs", "top-1 (%)", "seeds", "images/s", "minus {baseline} (points, 95% interval)")
 
@@ -42,17 +43,13 @@ def _rows(arms: list[Arm]) -> tuple[list[list[str]], list[str]]:
         rows.append([
             arm.label,
             f"{arm.cost['params']:,}",
-            _macs(arm.cost["macs"]),
+            si(arm.cost["macs"]),
             f"{spread.mean:.2f} ± {spread.std:.2f}" if spread.n > 1 else f"{spread.mean:.2f}",
             str(spread.n),
             f"{arm.img_per_s:,.0f}" if arm.img_per_s else "-",
             _difference(difference),
         ])  # fmt: skip
     return rows, [column.format(baseline=baseline.label) for column in COLUMNS[: None if len(arms) > 1 else -1]]
-
-
-def _macs(macs: int) -> str:
-    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
 
 
 def _difference(difference: Estimate | None) -> str:
@@ -72,6 +69,9 @@ def _notes(records: Sequence[Record], arms: Sequence[Arm]) -> list[str]:
         for r in records
         if r["status"] != "finished"
     ]
+    codes = {r["versions"]["code"] for r in records if r["status"] == "finished"}
+    if len(codes) > 1:
+        notes.append(f"runs were made with {len(codes)} versions of the code ({', '.join(sorted(codes))}): rerun for a fair table")
     seeds = {arm.label: sorted(arm.runs) for arm in arms}
     if len({tuple(s) for s in seeds.values()}) > 1:
         listed = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())

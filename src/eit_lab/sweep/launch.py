@@ -46,10 +46,21 @@ class Job:
     config: Config
     identity: str
     folder: Path
-    """Of the run, which the job itself makes."""
+    """Of the run, as its identity names it now; the job itself makes it, and says if it came to be another."""
     frozen: Path
     log: Path
     status: str = "waiting"
+
+    @property
+    def announced(self) -> Path:
+        """Where the job's process writes the identity and the folder of its run."""
+        return self.frozen.with_suffix(".json")
+
+    def find_folder(self) -> None:
+        """Take over what the job's process said; code or data that changed since launch give a run another identity."""
+        if self.announced.is_file():
+            said = json.loads(self.announced.read_text())
+            self.identity, self.folder = said["identity"], Path(said["folder"])
 
 
 def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[str]) -> int:
@@ -134,6 +145,7 @@ def _run_job(job: Job, jobs: Sequence[Job], progress: Progress) -> bool:
     head = f"job {job.number + 1}/{len(jobs)}  {job.label}"
     began = time.monotonic()
     interrupted = False
+    job.announced.unlink(missing_ok=True)
     with job.log.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "eit_lab.train", "--frozen", str(job.frozen)],
@@ -144,11 +156,13 @@ def _run_job(job: Job, jobs: Sequence[Job], progress: Progress) -> bool:
         )
         while process.poll() is None:
             try:
+                job.find_folder()
                 _show_progress(job, progress, task)
                 time.sleep(_POLL_S)
             except KeyboardInterrupt:  # the terminal has sent it to the job too: let it save and end
                 interrupted = True
     progress.remove_task(task)
+    job.find_folder()
     record = read_record(job.folder)
     if process.returncode == 0 and record is not None and record["status"] == "finished":
         job.status = "finished"

@@ -26,6 +26,7 @@ from eit_lab.models.cost import Cost, count_cost
 from eit_lab.runs import RECORD_SCHEMA, DataFacts, Run, is_main_process, versions, write_manifest, write_record
 from eit_lab.training.callbacks import MetricsFile, ProgressLine, RecordKeeper, Speed
 from eit_lab.training.module import Classifier
+from eit_lab.units import si
 
 
 def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str, Any]:
@@ -98,11 +99,18 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         print(summary(config, facts, run, cost, record["placement"]), flush=True)
     resume = str(run.last_checkpoint) if run.state == "resume" else None
     # Our own file: it holds the training state of Lightning, not tensors alone.
-    trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=False)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=False)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     record["img_per_s"] = speed.img_per_s
     record["steps"] = trainer.global_step
+    if not run.best_checkpoint.exists():  # stopped by max_steps before the first validation: what there is, is the best
+        (validated,) = trainer.validate(classifier, datamodule=data, verbose=False)
+        record["best"] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **validated}
+        trainer.save_checkpoint(run.best_checkpoint)
     metrics = trainer.test(
         classifier, datamodule=data, ckpt_path=str(run.best_checkpoint), verbose=False, weights_only=False
     )
@@ -139,10 +147,9 @@ def build_trainer(config: Config, *, folder: Path, callbacks: list[Callback], lo
         max_steps=t.max_steps or -1,
         check_val_every_n_epoch=t.check_val_every_n_epoch,
         log_every_n_steps=t.log_every_n_steps,
-        limit_train_batches=t.limit_train_batches,
+        limit_train_batches=t.overfit_batches or t.limit_train_batches,  # the data module then repeats one epoch
         limit_val_batches=t.limit_val_batches,
         limit_test_batches=t.limit_test_batches,
-        overfit_batches=t.overfit_batches,
         deterministic=t.deterministic,
         profiler=t.profiler,
         default_root_dir=folder,
@@ -188,7 +195,6 @@ def quiet_lightning() -> None:
         r".*does not have many workers.*",
         r".*exists and is not empty.*",
         r".*The number of training batches .* is smaller than the logging interval.*",
-        r".*overfit_batches.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -212,11 +218,11 @@ def summary(config: Config, facts: DataFacts, run: Run, cost: Cost, placement: d
                   f"stem {model.stem.kind}, {h}x{w} tokens; position embedding {model.pos_embed}"),
         ("mixer", f"{model.ib.rule}, strength {model.ib.strength:g}: attention channels "
                   f"{' '.join(str(split.attn_dim) for split in splits)} of {model.size.embed_dim}"),
-        ("cost", f"{cost.params:,} parameters; {cost.macs / 1e9:.3f} G MACs an image ({cost.macs_thop / 1e9:.3f} G as thop counts)"),
+        ("cost", f"{cost.params:,} parameters; {si(cost.macs, digits=3)} MACs an image ({si(cost.macs_thop, digits=3)} as thop counts)"),
         ("data", f"{data.name}: {facts.num_train:,} train, {facts.num_val:,} held out of train, {facts.num_test:,} test; "
                  f"{facts.num_classes} classes; {_size(data.img_size)} px"),
         ("recipe", f"{recipe.name}: {total:,} steps of {recipe.batch_size} images ({images / facts.num_train:.3g} epochs), "
-                   f"peak learning rate {recipe.lr:g}; {3 * cost.macs * images / 1e15:.3g} P MACs in all"),
+                   f"peak learning rate {recipe.lr:g}; {si(3 * cost.macs * images)} MACs in all"),
         ("on", f"{placement['world_size']} x {placement['device']}, {placement['precision']}, "
                f"{placement['per_device_batch']} images a device and micro-batch"),
         ("run", f"{run.folder}  ({'resumed' if run.state == 'resume' else 'new'}, seed {config.seed})"),

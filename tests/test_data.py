@@ -1,0 +1,270 @@
+"""Data: order and draws are functions of (seed, epoch, index); counts are exact; files are read where they lie."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from eit_lab.compose import compose_one
+from eit_lab.config import ConfigError, ImageNetData
+from eit_lab.data import catalog
+from eit_lab.data.catalog import describe
+from eit_lab.data.imagenet import eval_crop, load_imagenet
+from eit_lab.data.module import per_device_batch
+from eit_lab.data.order import EvalBatches, TrainBatches, epoch_order, held_out, uniform
+from eit_lab.data.small import download, load_small
+
+
+def train_batches(rank: int = 0, world_size: int = 1, accumulate: int = 1, epoch: int = 0, n: int = 103) -> list[list[int]]:
+    batches = TrainBatches(n, batch_size=24, accumulate=accumulate, rank=rank, world_size=world_size, seed=5)
+    batches.set_epoch(epoch)
+    found = list(batches)
+    assert len(batches) == len(found)
+    assert {item[0] for batch in found for item in batch} == {epoch}
+    return [[index for _, index in batch] for batch in found]
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 3)])
+def test_each_optimizer_step_takes_the_same_samples_on_any_ranks_and_accumulation(world_size: int, accumulate: int) -> None:
+    whole = train_batches()
+    assert len(whole) == 103 // 24
+    by_rank = [train_batches(rank, world_size, accumulate) for rank in range(world_size)]
+    for step, samples in enumerate(whole):
+        micro = slice(step * accumulate, (step + 1) * accumulate)
+        assert sorted(index for rank in by_rank for batch in rank[micro] for index in batch) == sorted(samples)
+
+
+def test_every_epoch_has_its_own_order_and_no_sample_twice() -> None:
+    first, second = (sum(train_batches(epoch=epoch), []) for epoch in (0, 1))
+    assert first != second
+    assert len(set(first)) == len(first) == 96
+    assert not np.array_equal(epoch_order(50, seed=0, epoch=1), epoch_order(50, seed=1, epoch=0))
+
+
+@pytest.mark.parametrize(("n", "world_size", "batch_size"), [(1, 1, 8), (10, 4, 2), (103, 3, 8), (2, 5, 4)])
+def test_evaluation_sees_each_sample_exactly_once_on_any_ranks(n: int, world_size: int, batch_size: int) -> None:
+    samplers = [EvalBatches(n, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
+    assert sorted(index for sampler in samplers for batch in sampler for _, index in batch) == list(range(n))
+
+
+def test_the_held_out_slice_is_disjoint_whole_and_the_same_for_every_training_seed() -> None:
+    train, val = held_out(100, 13, split_seed=0)
+    assert len(val) == 13
+    assert sorted([*train, *val]) == list(range(100))
+    assert not np.array_equal(val, held_out(100, 13, split_seed=1)[1])
+    parts = [load_small(compose_one(["data=digits"]).data, seed=seed) for seed in (0, 1)]
+    for name in ("val", "test"):
+        assert torch.equal(parts[0][name].images, parts[1][name].images)
+
+
+def test_draws_are_uniform_independent_and_depend_on_the_index_alone() -> None:
+    index = np.arange(20_000)
+    draws = np.stack([uniform(index, seed=s, epoch=e, stream=k) for s in (0, 1) for e in (0, 1) for k in (0, 1)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    counts = np.histogram(draws, bins=20, range=(0, 1))[0]
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 50  # chi-square, 19 degrees of freedom: p = 1e-4
+    correlation = np.corrcoef(np.concatenate([draws, draws[:1, ::-1], np.roll(draws[:1], 1, axis=1)]))
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.03
+    shuffled = np.random.default_rng(0).permutation(index)
+    assert np.array_equal(uniform(shuffled, seed=0, epoch=0, stream=0), draws[0][shuffled])
+
+
+def test_an_image_is_augmented_the_same_in_any_batch_and_anew_in_every_epoch() -> None:
+    train = load_small(compose_one(["data=digits"]).data, seed=3)["train"]
+    batch, _, index = train[[(4, i) for i in (7, 2, 9, 30)]]
+    alone, _, _ = train[[(4, 9)]]
+    assert torch.equal(batch[2], alone[0])
+    assert index.tolist() == [7, 2, 9, 30]
+    epochs = torch.stack([train[[(epoch, 9)]][0][0] for epoch in range(20)])
+    assert 5 <= len(epochs.unique(dim=0)) <= 9  # nine places for a crop with one pixel of padding
+
+
+def test_digits_are_the_1797_images_of_scikit_learn() -> None:
+    config = compose_one(["data=digits"]).data
+    facts, parts = describe(config), load_small(config, seed=0)
+    assert (facts.num_train, facts.num_val, facts.num_test) == (1294, 144, 359)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [1294, 144, 359]
+    from sklearn.datasets import load_digits
+
+    everything = torch.cat([parts[name].images for name in parts]).flatten(1).double().sum().item()
+    assert everything == pytest.approx(load_digits().data.sum() * 255 / 16, rel=1e-3)
+    pixels = torch.cat([parts[name].images for name in parts]).double() / 255
+    assert pixels.mean().item() == pytest.approx(config.mean[0], abs=1e-4)
+    assert pixels.std().item() == pytest.approx(config.std[0], abs=1e-4)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    content = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("layout", ["{}-ubyte.gz", "raw/{}-ubyte", "FashionMNIST/raw/{}-ubyte"])
+def test_fashion_mnist_is_read_wherever_its_four_files_lie(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    made = {part: (rng.integers(0, 256, (n, 28, 28)), rng.integers(0, 10, n)) for part, n in (("train", 40), ("t10k", 12))}
+    for part, (images, labels) in made.items():
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            path = tmp_path / layout.format(f"{part}-{kind}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_idx(path, values)
+    monkeypatch.setitem(catalog._SMALL_SIZES, "fashion_mnist", (40, 12))
+    config = compose_one(["data=fashion_mnist", f"data.root={tmp_path}", "data.val_size=8"]).data
+    parts = load_small(config, seed=0)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [32, 8, 12]
+    assert np.array_equal(parts["test"].images[:, 0].numpy(), made["t10k"][0])
+    assert np.array_equal(parts["test"].labels.numpy(), made["t10k"][1])
+    images, labels, _ = parts["test"][[(0, 3)]]
+    expected = (made["t10k"][0][3] / 255 - config.mean[0]) / config.std[0]
+    np.testing.assert_allclose(images[0, 0].numpy(), expected, rtol=1e-5)
+    assert labels.tolist() == [made["t10k"][1][3]]
+
+
+def test_a_truncated_idx_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stem in catalog._FASHION_MNIST_FILES:
+        write_idx(tmp_path / f"{stem}-ubyte", np.zeros((4, 28, 28) if "images" in stem else 4))
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.setitem(catalog._SMALL_SIZES, "fashion_mnist", (4, 4))
+    config = compose_one(["data=fashion_mnist", f"data.root={tmp_path}", "data.val_size=1"]).data
+    with pytest.raises(ConfigError, match="train-images-idx3-ubyte is damaged: it should hold 3136 bytes, found 3036"):
+        load_small(config, seed=0)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_read_through_torchvision_without_a_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = getattr(torchvision.datasets, name.upper())
+    rng, key = np.random.default_rng(1), {"cifar10": "labels", "cifar100": "fine_labels"}[name]
+    made = {}
+    folder = tmp_path / dataset.base_folder
+    folder.mkdir()
+    for attribute in ("train_list", "test_list"):
+        checksums = []
+        for file, _ in getattr(dataset, attribute):
+            made[file] = (rng.integers(0, 256, (6, 3072), dtype=np.uint8), rng.integers(0, 10, 6).tolist())
+            content = pickle.dumps({"data": made[file][0], key: made[file][1]})
+            (folder / file).write_bytes(content)
+            checksums.append([file, hashlib.md5(content).hexdigest()])
+        monkeypatch.setattr(dataset, attribute, checksums)
+    meta = pickle.dumps({dataset.meta["key"]: [str(i) for i in range(10)]})
+    (folder / dataset.meta["filename"]).write_bytes(meta)
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": hashlib.md5(meta).hexdigest()})
+    num_train = 6 * (len(made) - 1)
+    monkeypatch.setitem(catalog._SMALL_SIZES, name, (num_train, 6))
+    config = compose_one([f"data={name}", f"data.root={tmp_path}", "data.val_size=2", "data.download=true"]).data
+    download(config)  # the files are there: nothing is fetched
+    parts = load_small(config, seed=0)
+    assert [len(parts[part]) for part in ("train", "val", "test")] == [num_train - 2, 2, 6]
+    test_file = dataset.test_list[0][0]
+    assert np.array_equal(parts["test"].images.numpy(), made[test_file][0].reshape(6, 3, 32, 32))
+    assert parts["test"].labels.tolist() == made[test_file][1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=cifar10"], r"data.root must name the folder with the folder cifar-10-batches-py, got null"),
+        (["data=cifar10", "data.root=ROOT"], r"not found in .*; data.download=true fetches it"),
+        (["data=imagenet", "data.root=ROOT"], r"must hold the folders train/ and val/, got .*: found nothing there"),
+        (["data=imagenet", "data.root=ROOT/none"], r"no such folder"),
+        (["data=digits", "data.val_size=1438"], r"data.val_size must leave images to train on, got 1438 of 1438"),
+    ],
+)
+def test_missing_files_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
+    config = compose_one([word.replace("ROOT", str(tmp_path)) for word in overrides]).data
+    with pytest.raises(ConfigError, match=message):
+        describe(config)
+
+
+def imagenet(root: Path, *more: str) -> ImageNetData:
+    config = compose_one([f"data.root={root}", "data.val_size=4", *more]).data
+    assert isinstance(config, ImageNetData)
+    return config
+
+
+def test_an_imagenet_folder_is_counted_and_fingerprinted_wherever_it_lies(lookalike: Path, tmp_path: Path) -> None:
+    import shutil
+
+    facts = describe(imagenet(lookalike))
+    assert (facts.num_classes, facts.num_train, facts.num_val, facts.num_test) == (4, 28, 4, 12)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(lookalike, moved)
+    assert describe(imagenet(moved)) == facts
+    next((moved / "train" / "n00000001").iterdir()).unlink()
+    assert describe(imagenet(moved)).fingerprint != facts.fingerprint
+    shutil.rmtree(moved / "val" / "n00000002")
+    with pytest.raises(ConfigError, match=r"train/ \(4\) and val/ \(3\), got .*; on one side only: n00000002"):
+        describe(imagenet(moved))
+    (moved / "val" / "n00000002").mkdir()
+    with pytest.raises(ConfigError, match=r"images in every class folder, got none in .*n00000002"):
+        describe(imagenet(moved))
+    with pytest.raises(ConfigError, match=r"data.num_classes must be the number of class folders in train/ \(4\), got 1000"):
+        describe(imagenet(lookalike, "data.num_classes=1000"))
+
+
+def test_evaluation_pixels_are_torchvisions_resize_256_and_centre_crop_224(lookalike: Path) -> None:
+    from torchvision.transforms import v2
+
+    pipeline = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+    for path in sorted(lookalike.glob("val/*/*.JPEG")):
+        image = Image.open(path).convert("RGB")
+        ours, theirs = (np.asarray(f(image), dtype=int) for f in (lambda i: eval_crop(i, (224, 224), resize_share=0.875), pipeline))
+        assert ours.shape == (224, 224, 3)
+        assert np.array_equal(ours, theirs)
+        assert eval_crop(image, (96, 160), resize_share=0.875).size == (160, 96)
+
+
+def test_a_training_crop_is_a_function_of_seed_epoch_and_index(lookalike: Path) -> None:
+    def image(seed: int, epoch: int) -> Tensor:
+        return load_imagenet(imagenet(lookalike), seed=seed)["train"][[(epoch, 5)]][0]
+
+    assert image(0, 0).shape == (1, 3, 224, 224)
+    assert torch.equal(image(0, 0), image(0, 0))
+    assert not torch.equal(image(0, 0), image(0, 1))
+    assert not torch.equal(image(0, 0), image(1, 0))
+
+
+def test_crop_boxes_follow_the_published_distribution(lookalike: Path) -> None:
+    train = load_imagenet(imagenet(lookalike), seed=0)["train"]
+    rng = np.random.default_rng(0)
+    boxes = []
+    for _ in range(4000):
+        values = iter(rng.random(50).tolist())
+        boxes.append(train._crop_box((500, 375), lambda _, values=values: next(values)))
+    top, left, height, width = np.array(boxes).T
+    share, ratio = height * width / (500 * 375), width / height
+    assert (top + height <= 375).all()
+    assert (left + width <= 500).all()
+    assert share.min() == pytest.approx(0.08, abs=0.01)
+    assert share.max() > 0.9
+    assert ratio.min() == pytest.approx(3 / 4, abs=0.02)
+    assert ratio.max() == pytest.approx(4 / 3, abs=0.02)
+    # torchvision's own generator of boxes, on the same image: the same means within their sampling error.
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, 375, 500), [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    assert np.abs(np.array(boxes).mean(0) - theirs.mean(0)).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "accumulate", "answer"),
+    [(512, 8, 1, 64), (1024, 3, 1, "got 3; nearest: 2 and 4"), (512, 8, 3, "got 3; nearest: 2 and 4"), (32, 100, 1, "got 100; nearest: 32"), (96, 8, 2, 6)],
+)
+def test_the_global_batch_is_cut_or_refused_with_the_nearest_that_divide(batch: int, world_size: int, accumulate: int, answer: int | str) -> None:
+    config = compose_one([f"recipe.batch_size={batch}", f"trainer.accumulate_grad_batches={accumulate}"])
+    if isinstance(answer, int):
+        assert per_device_batch(config, world_size=world_size) == answer
+    else:
+        with pytest.raises(ConfigError, match=answer):
+            per_device_batch(config, world_size=world_size)
