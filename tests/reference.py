@@ -22,7 +22,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attend(x: Tensor, state: dict[str, Tensor], prefix: str, num_heads: int) -> Tensor:
-    batch, tokens, dim = x.shape
+    dim = x.shape[-1]
     width = dim // num_heads
     qkv = x @ state[f"{prefix}.qkv.weight"].T + state[f"{prefix}.qkv.bias"]
     heads = []
@@ -51,10 +51,14 @@ def convolve(x: Tensor, kernel: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def eit(images: Tensor, state: dict[str, Tensor], *, attn_dims: list[int], num_heads: int, stride: int, pool: int) -> Tensor:
+def eit(
+    images: Tensor, state: dict[str, Tensor], *, attn_dims: list[int], num_heads: int, stride: int, pool: int
+) -> Tensor:
     """Logits of images (B, C, H, W) under the weights of a state dict with the EIT stem."""
     kernel = state["stem.conv.weight"]
-    maps = torch.nn.functional.conv2d(images, kernel, state["stem.conv.bias"], stride=stride, padding=kernel.shape[-1] // 2)
+    maps = torch.nn.functional.conv2d(
+        images, kernel, state["stem.conv.bias"], stride=stride, padding=kernel.shape[-1] // 2
+    )
     h, w = maps.shape[-2] // pool, maps.shape[-1] // pool
     tokens = [
         maps[:, :, row * pool : (row + 1) * pool, col * pool : (col + 1) * pool].amax((-2, -1))

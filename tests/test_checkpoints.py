@@ -31,7 +31,15 @@ def test_the_authors_format_loads_with_its_namespace(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     args = argparse.Namespace(lr=1e-3, model="eit_mini", eit_p=[16, 4, 3])
     torch.save(
-        {"model": state, "optimizer": {"state": {}}, "lr_scheduler": {}, "epoch": 299, "model_ema": state, "scaler": {}, "args": args},
+        {
+            "model": state,
+            "optimizer": {"state": {}},
+            "lr_scheduler": {},
+            "epoch": 299,
+            "model_ema": state,
+            "scaler": {},
+            "args": args,
+        },
         path,
     )
     loaded = create_model("eit_mini", num_classes=10, checkpoint=path)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Done
 
+from conftest import Done
 from eit_lab.compose import compose_model, compose_one, compose_points, conf_dir
 from eit_lab.config import Config, ConfigError, dump, field_help, load
 
@@ -52,7 +52,12 @@ WRONG = [
 
 @pytest.mark.parametrize(("args", "message", "hint"), WRONG, ids=[" ".join(args) for args, _, _ in WRONG])
 def test_a_mistake_is_one_line_and_exit_status_2(
-    args: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str],
+    message: str,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from eit_lab.train import main
 
@@ -67,7 +72,16 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert not list(tmp_path.rglob("*record.json"))
 
 
-@pytest.mark.parametrize("args", [["model.ib.strength=2"], ["model=eit_bse"], ["-m", "model=vit_mini,eit_mini", "seed=0,1,x"], ["--help"], ["--cfg", "job"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["model.ib.strength=2"],
+        ["model=eit_bse"],
+        ["-m", "model=vit_mini,eit_mini", "seed=0,1,x"],
+        ["--help"],
+        ["--cfg", "job"],
+    ],
+)
 def test_an_answer_comes_before_torch_and_within_a_second(command: Command, args: list[str]) -> None:
     command("train", *args)  # the first start of an interpreter reads its files from disk
     done = min((command("train", *args) for _ in range(3)), key=lambda done: done.seconds)
@@ -130,7 +144,14 @@ def test_axes_compose_freely_in_every_spelling() -> None:
     assert compose_one(["model/size=mini", "model/ib=lsra"]).model == compose_one(["model=lsra_mini"]).model
     assert compose_one(["model=vit_b16", "model/ib=eit"]).model.layer_splits()[-1] == (0, 768)
     points, _ = compose_points(["model/size=mini,base", "model/ib=none,lsra,eit"])
-    assert [p.config.model.name for p in points] == ["vit_mini", "lsra_mini", "eit_mini", "vit_base", "lsra_base", "eit_base"]
+    assert [p.config.model.name for p in points] == [
+        "vit_mini",
+        "lsra_mini",
+        "eit_mini",
+        "vit_base",
+        "lsra_base",
+        "eit_base",
+    ]
     points, _ = compose_points(["model.ib.strength=0,0.5,1"])
     assert [p.config.model.ib.strength for p in points] == [0, 0.5, 1]
 

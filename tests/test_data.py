@@ -24,7 +24,9 @@ from eit_lab.data.order import EvalBatches, TrainBatches, epoch_order, held_out,
 from eit_lab.data.small import download, load_small
 
 
-def train_batches(rank: int = 0, world_size: int = 1, accumulate: int = 1, epoch: int = 0, n: int = 103) -> list[list[int]]:
+def train_batches(
+    rank: int = 0, world_size: int = 1, accumulate: int = 1, epoch: int = 0, n: int = 103
+) -> list[list[int]]:
     batches = TrainBatches(n, batch_size=24, accumulate=accumulate, rank=rank, world_size=world_size, seed=5)
     batches.set_epoch(epoch)
     found = list(batches)
@@ -34,7 +36,9 @@ def train_batches(rank: int = 0, world_size: int = 1, accumulate: int = 1, epoch
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 3)])
-def test_each_optimizer_step_takes_the_same_samples_on_any_ranks_and_accumulation(world_size: int, accumulate: int) -> None:
+def test_each_optimizer_step_takes_the_same_samples_on_any_ranks_and_accumulation(
+    world_size: int, accumulate: int
+) -> None:
     whole = train_batches()
     assert len(whole) == 103 // 24
     by_rank = [train_batches(rank, world_size, accumulate) for rank in range(world_size)]
@@ -44,7 +48,7 @@ def test_each_optimizer_step_takes_the_same_samples_on_any_ranks_and_accumulatio
 
 
 def test_every_epoch_has_its_own_order_and_no_sample_twice() -> None:
-    first, second = (sum(train_batches(epoch=epoch), []) for epoch in (0, 1))
+    first, second = ([i for batch in train_batches(epoch=epoch) for i in batch] for epoch in (0, 1))
     assert first != second
     assert len(set(first)) == len(first) == 96
     assert not np.array_equal(epoch_order(50, seed=0, epoch=1), epoch_order(50, seed=1, epoch=0))
@@ -105,14 +109,20 @@ def test_digits_are_the_1797_images_of_scikit_learn() -> None:
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    content = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+    content = (
+        bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+    )
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 @pytest.mark.parametrize("layout", ["{}-ubyte.gz", "raw/{}-ubyte", "FashionMNIST/raw/{}-ubyte"])
-def test_fashion_mnist_is_read_wherever_its_four_files_lie(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fashion_mnist_is_read_wherever_its_four_files_lie(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    made = {part: (rng.integers(0, 256, (n, 28, 28)), rng.integers(0, 10, n)) for part, n in (("train", 40), ("t10k", 12))}
+    made = {
+        part: (rng.integers(0, 256, (n, 28, 28)), rng.integers(0, 10, n)) for part, n in (("train", 40), ("t10k", 12))
+    }
     for part, (images, labels) in made.items():
         for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
             path = tmp_path / layout.format(f"{part}-{kind}")
@@ -142,7 +152,9 @@ def test_a_truncated_idx_file_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_through_torchvision_without_a_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_read_through_torchvision_without_a_download(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = getattr(torchvision.datasets, name.upper())
     rng, key = np.random.default_rng(1), {"cifar10": "labels", "cifar100": "fine_labels"}[name]
     made = {}
@@ -208,7 +220,9 @@ def test_an_imagenet_folder_is_counted_and_fingerprinted_wherever_it_lies(lookal
     (moved / "val" / "n00000002").mkdir()
     with pytest.raises(ConfigError, match=r"images in every class folder, got none in .*n00000002"):
         describe(imagenet(moved))
-    with pytest.raises(ConfigError, match=r"data.num_classes must be the number of class folders in train/ \(4\), got 1000"):
+    with pytest.raises(
+        ConfigError, match=r"data.num_classes must be the number of class folders in train/ \(4\), got 1000"
+    ):
         describe(imagenet(lookalike, "data.num_classes=1000"))
 
 
@@ -218,7 +232,9 @@ def test_evaluation_pixels_are_torchvisions_resize_256_and_centre_crop_224(looka
     pipeline = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
     for path in sorted(lookalike.glob("val/*/*.JPEG")):
         image = Image.open(path).convert("RGB")
-        ours, theirs = (np.asarray(f(image), dtype=int) for f in (lambda i: eval_crop(i, (224, 224), resize_share=0.875), pipeline))
+        ours, theirs = (
+            np.asarray(f(image), dtype=int) for f in (lambda i: eval_crop(i, (224, 224), resize_share=0.875), pipeline)
+        )
         assert ours.shape == (224, 224, 3)
         assert np.array_equal(ours, theirs)
         assert eval_crop(image, (96, 160), resize_share=0.875).size == (160, 96)
@@ -253,15 +269,25 @@ def test_crop_boxes_follow_the_published_distribution(lookalike: Path) -> None:
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, 375, 500), [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(torch.empty(3, 375, 500), [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    )
     assert np.abs(np.array(boxes).mean(0) - theirs.mean(0)).max() < 6
 
 
 @pytest.mark.parametrize(
     ("batch", "world_size", "accumulate", "answer"),
-    [(512, 8, 1, 64), (1024, 3, 1, "got 3; nearest: 2 and 4"), (512, 8, 3, "got 3; nearest: 2 and 4"), (32, 100, 1, "got 100; nearest: 32"), (96, 8, 2, 6)],
+    [
+        (512, 8, 1, 64),
+        (1024, 3, 1, "got 3; nearest: 2 and 4"),
+        (512, 8, 3, "got 3; nearest: 2 and 4"),
+        (32, 100, 1, "got 100; nearest: 32"),
+        (96, 8, 2, 6),
+    ],
 )
-def test_the_global_batch_is_cut_or_refused_with_the_nearest_that_divide(batch: int, world_size: int, accumulate: int, answer: int | str) -> None:
+def test_the_global_batch_is_cut_or_refused_with_the_nearest_that_divide(
+    batch: int, world_size: int, accumulate: int, answer: int | str
+) -> None:
     config = compose_one([f"recipe.batch_size={batch}", f"trainer.accumulate_grad_batches={accumulate}"])
     if isinstance(answer, int):
         assert per_device_batch(config, world_size=world_size) == answer

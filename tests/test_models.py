@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from reference import eit
 from torch import nn
 
 from eit_lab import create_model
@@ -15,6 +14,7 @@ from eit_lab.config import ConfigError, ConvStem, ModelConfig
 from eit_lab.models.backbone import Backbone, sincos_position
 from eit_lab.models.cost import count_cost
 from eit_lab.models.mixers import attention, attention_written_out
+from reference import eit
 
 # arXiv:2203.07116 and the closed form; LSRA and ViT with EIT's stem derived from it; DeiT-Ti/S/B as published by timm.
 PARAMETERS = {
@@ -122,7 +122,9 @@ def test_the_fast_model_agrees_with_the_literal_reference_forwards_and_backwards
     (fast * weights).sum().backward()
     (slow * weights).sum().backward()
     for key, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, state[key].grad, rtol=1e-8, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, state[key].grad, rtol=1e-8, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,7 +140,15 @@ def test_both_ways_of_attention_agree(dtype: torch.dtype, tokens: int) -> None:
 @pytest.mark.parametrize("stem", ["patchify", "eit", "conv1", "conv2", "conv3", "conv4", "conv5"])
 @pytest.mark.parametrize(
     ("img_size", "grid"),
-    [(224, (19, 19)), (28, (7, 7)), (32, (8, 8)), (64, (16, 16)), ((32, 64), (8, 16)), (8, (4, 4)), ((224, 192), (19, 16))],
+    [
+        (224, (19, 19)),
+        (28, (7, 7)),
+        (32, (8, 8)),
+        (64, (16, 16)),
+        ((32, 64), (8, 16)),
+        (8, (4, 4)),
+        ((224, 192), (19, 16)),
+    ],
 )
 def test_every_stem_makes_the_same_tokens(stem: str, img_size: int | tuple[int, int], grid: tuple[int, int]) -> None:
     from eit_lab.compose import compose_one
@@ -151,8 +161,13 @@ def test_every_stem_makes_the_same_tokens(stem: str, img_size: int | tuple[int, 
     assert model.forward_features(torch.randn(1, 3, h, w)).shape == (1, 1 + grid[0] * grid[1], 64)
 
 
-@pytest.mark.parametrize(("depth", "pitch", "kernels"), [(1, 16, [3, 8]), (4, 16, [3, 3, 3, 3, 1]), (5, 16, [3] * 5 + [1]), (3, 12, [3, 3, 3, 1])])
-def test_a_conv_stem_has_its_convolutions_then_1x1_once_the_pitch_is_reached(depth: int, pitch: int, kernels: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("depth", "pitch", "kernels"),
+    [(1, 16, [3, 8]), (4, 16, [3, 3, 3, 3, 1]), (5, 16, [3] * 5 + [1]), (3, 12, [3, 3, 3, 1])],
+)
+def test_a_conv_stem_has_its_convolutions_then_1x1_once_the_pitch_is_reached(
+    depth: int, pitch: int, kernels: list[int]
+) -> None:
     config = dataclasses.replace(small(), stem=ConvStem(kind="conv", depth=depth, pitch=pitch))
     convs = [m for m in build(config, img_size=96).stem.modules() if isinstance(m, nn.Conv2d)]
     assert [conv.kernel_size[0] for conv in convs] == kernels
@@ -175,13 +190,26 @@ def test_a_position_embedding_tells_positions_apart(pos_embed: str) -> None:
 def test_sincos_holds_the_published_values() -> None:
     table = sincos_position((2, 3), 8)[0, 1:].view(2, 3, 8)
     row, col = torch.tensor(1.0), torch.tensor(2.0)
-    expected = torch.stack([row.sin(), (row / 100).sin(), row.cos(), (row / 100).cos(), col.sin(), (col / 100).sin(), col.cos(), (col / 100).cos()])
+    expected = torch.stack(
+        [
+            row.sin(),
+            (row / 100).sin(),
+            row.cos(),
+            (row / 100).cos(),
+            col.sin(),
+            (col / 100).sin(),
+            col.cos(),
+            (col / 100).cos(),
+        ]
+    )
     torch.testing.assert_close(table[1, 2], expected)
 
 
 def test_a_learned_position_embedding_refuses_another_grid() -> None:
     model = build(dataclasses.replace(small("vit_nano"), pos_embed="learned"), img_size=32)
-    with pytest.raises(ValueError, match=r"model.pos_embed=learned was made for 8x8 tokens \(32x32 px\), got 16x8 tokens"):
+    with pytest.raises(
+        ValueError, match=r"model.pos_embed=learned was made for 8x8 tokens \(32x32 px\), got 16x8 tokens"
+    ):
         model(torch.randn(1, 3, 64, 32))
 
 

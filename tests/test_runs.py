@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY, Done
 
+from conftest import TINY, Done
 from eit_lab.compose import compose_one
 from eit_lab.data.catalog import describe
 from eit_lab.runs import identity
@@ -49,7 +49,14 @@ def test_a_run_leaves_everything_that_later_tools_read(here: Path, capsys: pytes
     assert train() == 0
     folder = only_run(here / "runs")
     out = capsys.readouterr().out
-    for words in ("cost  ", "parameters;", "MACs an image", "data  synthetic: 56 train, 8 held out", "test top-1", f"run={folder.relative_to(here)}"):
+    for words in (
+        "cost  ",
+        "parameters;",
+        "MACs an image",
+        "data  synthetic: 56 train, 8 held out",
+        "test top-1",
+        f"run={folder.relative_to(here)}",
+    ):
         assert words in out
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     record = record_of(folder)
@@ -69,7 +76,9 @@ def test_a_run_leaves_everything_that_later_tools_read(here: Path, capsys: pytes
     assert record["result"]["test/acc1"] == pytest.approx(accuracy, abs=1e-7)
 
 
-def test_the_same_command_finds_its_finished_run_and_overwrite_moves_it_aside(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_finds_its_finished_run_and_overwrite_moves_it_aside(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train() == 0
     folder = only_run(here / "runs")
     first = (folder / "record.json").read_bytes()
@@ -106,7 +115,9 @@ def test_evaluate_gives_the_same_number_again(here: Path, capsys: pytest.Capture
         (["x"], "evaluate takes key=value, got 'x'"),
     ],
 )
-def test_evaluate_answers_a_mistake_in_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_answers_a_mistake_in_one_line(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from eit_lab.evaluate import main
 
     assert main(args) == 2
@@ -124,7 +135,9 @@ def test_the_same_seed_gives_the_same_loss_to_the_last_digit_and_seed_0_is_a_see
     assert record_of(only_run(here / "a"))["identity"] == record_of(only_run(here / "b"))["identity"]
 
 
-def test_epochs_differ_in_order_and_augmentation_as_training_really_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epochs_differ_in_order_and_augmentation_as_training_really_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from eit_lab.data.small import InMemoryImages
 
     seen: list[list[tuple[int, int]]] = []
@@ -149,7 +162,13 @@ def test_identity_is_the_config_the_data_and_the_code_but_not_the_place(monkeypa
     facts = describe(config.data)
     first = identity(config, facts)
     assert identity(compose_one([*TINY, "trainer.devices=2", "run.root=elsewhere", "logger=wandb"]), facts) == first
-    for change in ("seed=1", "recipe.lr=0.002", "model.ib.strength=0.5", "trainer.precision=bf16-mixed", "data.split_seed=1"):
+    for change in (
+        "seed=1",
+        "recipe.lr=0.002",
+        "model.ib.strength=0.5",
+        "trainer.precision=bf16-mixed",
+        "data.split_seed=1",
+    ):
         assert identity(compose_one([*TINY, change]), facts) != first
     assert identity(config, dataclasses.replace(facts, fingerprint="other files")) != first
     monkeypatch.setattr(runs, "code_hash", lambda: "other code")
@@ -166,7 +185,9 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
     def code_hash() -> str:
         probe = "from eit_lab.runs import code_hash; print(code_hash())"
         environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-        return subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+        ).stdout
 
     first = code_hash()
     mixers = package / "models" / "mixers.py"
@@ -220,7 +241,9 @@ def test_a_failure_is_on_record_with_its_last_lines(here: Path) -> None:
     assert main([*TINY, "recipe.batch_size=4096"]) == 2
     record = record_of(only_run(here / "runs"))
     assert record["status"] == "failed"
-    assert "recipe.batch_size must be at most the number of training images (56), got 4096; nearest: 56" in record["error"]
+    assert (
+        "recipe.batch_size must be at most the number of training images (56), got 4096; nearest: 56" in record["error"]
+    )
 
 
 def test_wandb_is_offline_unless_asked_and_carries_the_identity(command: Command, tmp_path: Path) -> None:
@@ -244,7 +267,9 @@ def test_debug_presets_run(debug: str, here: Path) -> None:
         assert losses[-1] < 0.1 * losses[0]
 
 
-def test_the_very_command_trains_on_imagenets_layout_with_two_processes(command: Command, lookalike: Path, tmp_path: Path) -> None:
+def test_the_very_command_trains_on_imagenets_layout_with_two_processes(
+    command: Command, lookalike: Path, tmp_path: Path
+) -> None:
     done = command(
         "train", "model=eit_base", "trainer.devices=2", "trainer.accelerator=cpu", f"data.root={lookalike}", "data.val_size=4",
         "recipe.batch_size=4", "trainer.max_steps=3", "logger=none",

@@ -29,7 +29,9 @@ def test_increasing_is_decreasing_read_backwards(shape: tuple[int, int, int]) ->
     assert attn_dims("increasing", shape) == PUBLISHED[shape][::-1]
 
 
-@pytest.mark.parametrize(("shape", "half"), [((250, 5, 10), 120), ((330, 8, 10), 160), ((400, 10, 16), 192), ((464, 12, 16), 224)])
+@pytest.mark.parametrize(
+    ("shape", "half"), [((250, 5, 10), 120), ((330, 8, 10), 160), ((400, 10, 16), 192), ((464, 12, 16), 224)]
+)
 def test_constant_is_heads_times_half_the_head_rounded_down(shape: tuple[int, int, int], half: int) -> None:
     assert attn_dims("constant", shape) == [half] * shape[1]
 
@@ -55,7 +57,10 @@ def test_a_custom_list_is_taken_as_it_is() -> None:
     ("dims", "message"),
     [
         ([8, 24], r"model.ib.attn_dims must have model.size.depth \(3\) entries, got 2"),
-        ([8, 9, 24], r"attn_dims\[1\] must be a multiple of model.size.num_heads \(4\) in \[0, 24\], got 9; nearest: 8"),
+        (
+            [8, 9, 24],
+            r"attn_dims\[1\] must be a multiple of model.size.num_heads \(4\) in \[0, 24\], got 9; nearest: 8",
+        ),
         ([8, 16, 28], r"attn_dims\[2\] must .* got 28; nearest: 24"),
         (None, r"model.ib.attn_dims must list 3 attention widths"),
     ],

@@ -6,7 +6,7 @@ _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3
 
 
 def si(value: float, *, digits: int = 2) -> str:
-    """A count with its SI prefix: si(1.926e9) is '1.93 G'."""
+    """Two digits and an SI prefix: 1.926e9 is '1.93 G'."""
     for scale, prefix in _PREFIXES:
         if value >= scale:
             return f"{value / scale:.{digits}f} {prefix}"

@@ -71,7 +71,9 @@ def _notes(records: Sequence[Record], arms: Sequence[Arm]) -> list[str]:
     ]
     codes = {r["versions"]["code"] for r in records if r["status"] == "finished"}
     if len(codes) > 1:
-        notes.append(f"runs were made with {len(codes)} versions of the code ({', '.join(sorted(codes))}): rerun for a fair table")
+        notes.append(
+            f"runs were made with {len(codes)} versions of the code ({', '.join(sorted(codes))}): rerun for a fair table"
+        )
     seeds = {arm.label: sorted(arm.runs) for arm in arms}
     if len({tuple(s) for s in seeds.values()}) > 1:
         listed = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
