@@ -228,6 +228,9 @@ class RecipeConfig:
     beta2: Annotated[float, Field(ge=0, lt=1, strict=True)] = _opt(0.999, "AdamW, second moment")
     eps: PosFloat = _opt(1e-8, "AdamW, added to the root of the second moment")
     label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = _opt(0.1, "cross-entropy label smoothing")
+    select: Literal["best", "last"] = _opt(
+        "best", "weights that give the final number: best on the held-out slice of train, or the last (small slices)"
+    )
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)

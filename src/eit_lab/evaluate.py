@@ -15,7 +15,7 @@ Test the weights of a run folder again, on its own test set, and compare with it
   python -m eit_lab.evaluate run=FOLDER [checkpoint=best|last] [part=test|val] [data.root=PATH] [trainer.devices=N] ...
 
   run         folder of a run (python -m eit_lab.train prints it)
-  checkpoint  best: best validation accuracy; last: the end of training          [best]
+  checkpoint  best: best validation accuracy; last: the end of training          [recipe.select of the run]
   part        test, or val: the held-out slice of train                          [test]
   data.*, trainer.*   where the data lies and what to run on, as in train
 """
@@ -38,7 +38,7 @@ def _main(argv: list[str]) -> int:
     from eit_lab.runs import read_record
     from eit_lab.training.evaluate import evaluate
 
-    folder, part, checkpoint = Path(options["run"]), options["part"], options["checkpoint"]
+    folder, part, checkpoint = Path(options["run"]), options["part"], options.get("checkpoint", config.recipe.select)
     weights = folder / "checkpoints" / f"{checkpoint}.ckpt"
     if not weights.is_file():
         from eit_lab.config import ConfigError
@@ -47,7 +47,7 @@ def _main(argv: list[str]) -> int:
     result = evaluate(config, describe(config.data), weights, part=part)
     print("  ".join(f"{name} {value:.6g}" for name, value in result.items()))
     record = read_record(folder)
-    known = (record or {}).get("result") if (part, checkpoint) == ("test", "best") else None
+    known = (record or {}).get("result") if (part, checkpoint) == ("test", config.recipe.select) else None
     if known is None:
         return 0
     same = all(known[name] == value for name, value in result.items())
@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> int:
 def _take_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     from eit_lab.config import ConfigError, nearest
 
-    options = {"checkpoint": "best", "part": "test"}
+    options = {"part": "test"}
     overrides = []
     for word in argv:
         key, equals, value = word.partition("=")
@@ -77,7 +77,7 @@ def _take_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
                 f"{key} must be one of run, checkpoint, part, data.*, trainer.*, got {value!r}{nearest(key, valid)}"
             )
     for key, choices in _CHOICES.items():
-        if options[key] not in choices:
+        if options.get(key, choices[0]) not in choices:
             raise ConfigError(
                 f"{key} must be one of {', '.join(choices)}, got {options[key]!r}{nearest(options[key], choices)}"
             )

@@ -111,9 +111,10 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         (validated,) = trainer.validate(classifier, datamodule=data, verbose=False)
         record["best"] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **validated}
         trainer.save_checkpoint(run.best_checkpoint)
-    metrics = trainer.test(
-        classifier, datamodule=data, ckpt_path=str(run.best_checkpoint), verbose=False, weights_only=False
-    )
+    if config.trainer.max_steps:  # which may end between two validations
+        trainer.save_checkpoint(run.last_checkpoint)
+    weights = str(run.best_checkpoint) if config.recipe.select == "best" else None  # None: the weights of the last step
+    metrics = trainer.test(classifier, datamodule=data, ckpt_path=weights, verbose=False, weights_only=False)
     record["result"] = dict(metrics[0])
     _save_predictions(run.folder / "predictions.npz", trainer, classifier)
 
@@ -253,11 +254,17 @@ def closing_line(record: dict[str, Any], run: Run) -> str:
     error = 100 * math.sqrt(max(1e-12, result["test/acc1"] * (1 - result["test/acc1"])) / n)
     return (
         f"test top-1 {100 * result['test/acc1']:.2f}% (+-{error:.2f} binomial, {n} images), "
-        f"top-5 {100 * result['test/acc5']:.2f}%, best epoch {record['best']['epoch'] + 1}\n"
+        f"top-5 {100 * result['test/acc5']:.2f}%, {_which_weights(record)}\n"
         f"folder {run.folder}\n"
         f"look:   python -m eit_lab.report {run.folder}\n"
         f"again:  python -m eit_lab.evaluate run={run.folder}"
     )
+
+
+def _which_weights(record: dict[str, Any]) -> str:
+    if record["config"]["recipe"]["select"] == "last":
+        return "last epoch"
+    return f"best epoch {record['best']['epoch'] + 1} on the held-out slice"
 
 
 def stop_line(run: Run, argv: list[str]) -> str:
