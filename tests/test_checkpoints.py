@@ -64,9 +64,9 @@ def test_a_mismatch_lists_keys_and_shapes_and_leaves_the_model_alone(tmp_path: P
     with pytest.raises(CheckpointError) as error:
         create_model("eit_nano", num_classes=12, img_size=32, checkpoint=path)
     text = str(error.value)
-    assert "shape differs: head.weight is (10, 64) in the file, (12, 64) in the model" in text
-    assert "missing in the file: blocks.0.mixer.conv.conv.weight (48, 1, 3, 3)" in text
-    assert "shape differs: blocks.0.mixer.attn.qkv.weight is (192, 64) in the file, (48, 16) in the model" in text
+    assert "shape differs: head.weight is (10, 96) in the file, (12, 96) in the model" in text
+    assert "missing in the file: blocks.0.mixer.conv.conv.weight (66, 1, 3, 3)" in text
+    assert "shape differs: blocks.0.mixer.attn.qkv.weight is (288, 96) in the file, (90, 30) in the model" in text
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"", "cannot be read"), (b"not a checkpoint", "cannot be read")])

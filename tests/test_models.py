@@ -158,7 +158,7 @@ def test_every_stem_makes_the_same_tokens(stem: str, img_size: int | tuple[int, 
     model = Backbone(config, num_classes=3, img_size=img_size).eval()
     h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
     assert model.grid == grid
-    assert model.forward_features(torch.randn(1, 3, h, w)).shape == (1, 1 + grid[0] * grid[1], 64)
+    assert model.forward_features(torch.randn(1, 3, h, w)).shape == (1, 1 + grid[0] * grid[1], model.num_features)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +222,16 @@ def test_timms_manners() -> None:
     model = create_model("eit_nano", num_classes=5, img_size=32)
     images = torch.randn(2, 3, 32, 32)
     features = model.forward_features(images)
-    assert model.num_features == 64
-    assert features.shape == (2, 65, 64)
-    assert model.forward_head(features, pre_logits=True).shape == (2, 64)
+    D = model.num_features
+    assert compose_model("eit_nano").size.embed_dim == D
+    assert features.shape == (2, 65, model.num_features)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
     assert torch.equal(model.forward_head(features), model(images))
     model.reset_classifier(3)
     assert model(images).shape == (2, 3)
     assert model.get_classifier().out_features == 3
     model.reset_classifier(0)
-    assert model(images).shape == (2, 64)
+    assert model(images).shape == (2, model.num_features)
 
 
 def test_initialisation_is_the_published_one() -> None:

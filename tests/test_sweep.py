@@ -46,18 +46,18 @@ def write_records(folder: Path, records: list[dict]) -> None:
 
 
 def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(command: Command, tmp_path: Path) -> None:
-    sweep = ("-m", *TINY, "model.ib.strength=0,1", "recipe.batch_size=16,4096", "recipe.epochs=1")
+    sweep = ("-m", *TINY, "recipe.batch_size=16,4096", "model.ib.strength=0.5", "recipe.epochs=1")
     done = command("train", *sweep)
     assert done.status == 1
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     manifest = json.loads((folder / "sweep.json").read_text())
-    assert [job["status"] for job in manifest["jobs"]] == ["finished", "failed", "finished", "failed"]
+    assert [job["status"] for job in manifest["jobs"]] == ["finished", "failed"]
     assert (
         done.err.count("recipe.batch_size must be at most the number of training images (56), got 4096; nearest: 56")
-        == 2
+        == 1
     )
-    assert "failed: job 2 (model.ib.strength=0 recipe.batch_size=4096)" in done.err
-    assert "2 finished, 2 failed" in done.out
+    assert "failed: job 2 (recipe.batch_size=4096)" in done.err
+    assert "1 finished, 1 failed" in done.out
     assert (
         "not in the table: eit_nano seed 0 is failed (eit_lab.config.ConfigError: recipe.batch_size must be" in done.out
     )
@@ -69,11 +69,11 @@ def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(command: Co
         assert ran["identity"] == job["identity"]
         assert ran["config"]["run"]["sweep"] == folder.name
     again = command("train", *sweep)
-    assert again.err.count("finished already, skipped") == 2
+    assert again.err.count("finished already, skipped") == 1
     assert again.status == 1
     looked = command("report", str(folder))
     assert looked.status == 0
-    assert "strength=0" in looked.out
+    assert "eit_nano" in looked.out
 
 
 def test_editing_a_yaml_while_a_sweep_runs_changes_no_job(tmp_path: Path) -> None:
@@ -94,21 +94,17 @@ def test_editing_a_yaml_while_a_sweep_runs_changes_no_job(tmp_path: Path) -> Non
     assert [r["config"]["model"]["ib"]["strength"] for r in records] == [0.5, 0.5]
 
 
-def test_no_job_inherits_a_launchers_environment(command: Command, tmp_path: Path) -> None:
+def test_two_processes_inside_a_multirun_train_one_model_each_job_whatever_launcher_is_around(
+    command: Command, tmp_path: Path
+) -> None:
     leaked = {
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": "4",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
         "PL_GLOBAL_SEED": "99",
     }
-    done = command("train", "-m", *TINY, "recipe.epochs=1", "seed=0,1", env=leaked)
-    assert done.status == 0, done.err
-    assert [json.loads(p.read_text())["placement"]["world_size"] for p in tmp_path.glob("runs/*/record.json")] == [1, 1]
-
-
-def test_two_processes_inside_a_multirun_train_one_model_each_job(command: Command, tmp_path: Path) -> None:
-    done = command("train", "-m", *TINY, "recipe.epochs=1", "seed=0,1", "trainer.devices=2")
+    done = command("train", "-m", *TINY, "recipe.epochs=1", "seed=0,1", "trainer.devices=2", env=leaked)
     assert done.status == 0, done.err
     records = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/record.json"))]
     assert [(r["seed"], r["placement"]["world_size"], r["placement"]["per_device_batch"]) for r in records] == [
