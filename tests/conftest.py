@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,15 +68,23 @@ def lookalike(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def damaged(lookalike: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The look-alike with every image of one class cut short, under names of their own."""
+    root = tmp_path_factory.mktemp("damaged") / "imagenet"
+    shutil.copytree(lookalike, root)
+    for path in (root / "train" / "n00000000").iterdir():
+        path.with_stem(f"cut_{path.stem}").write_bytes(path.read_bytes()[:2000])
+        path.unlink()
+    return root
+
+
 # Small and quick: what a test of the program, not of the model, trains.
-TINY = (
+TINY_MODEL = (
     "model=eit_nano",
     "model.size.embed_dim=16",
     "model.size.depth=2",
     "model.size.num_heads=4",
-    "data=synthetic",
-    "data.img_size=8",
-    "data.num_samples=64",
     "recipe=small",
     "recipe.batch_size=16",
     "recipe.epochs=2",
@@ -83,3 +92,4 @@ TINY = (
     "logger=none",
     "trainer.accelerator=cpu",
 )
+TINY = (*TINY_MODEL, "data=synthetic", "data.img_size=8", "data.num_samples=64")

@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from eit_lab.compose import compose_one
-from eit_lab.config import ConfigError, ImageNetData
+from eit_lab.config import ConfigError, ImageNetData, per_device_batch
 from eit_lab.data import catalog
 from eit_lab.data.catalog import describe
 from eit_lab.data.imagenet import eval_crop, load_imagenet
-from eit_lab.data.module import per_device_batch
 from eit_lab.data.order import EvalBatches, TrainBatches, epoch_order, held_out, uniform
 from eit_lab.data.small import download, load_small
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from conftest import TINY, Done
+from conftest import TINY, TINY_MODEL, Done
 from eit_lab.compose import compose_one
 from eit_lab.data.catalog import describe
 from eit_lab.runs import identity
@@ -235,15 +235,14 @@ def test_ctrl_c_says_how_to_resume(here: Path) -> None:
     assert record_of(only_run(here / "runs"))["status"] == "interrupted"
 
 
-def test_a_failure_is_on_record_with_its_last_lines(here: Path) -> None:
-    from eit_lab.train import main
-
-    assert main([*TINY, "recipe.batch_size=4096"]) == 2
-    record = record_of(only_run(here / "runs"))
+def test_a_failure_is_on_record_with_its_last_lines(command: Command, damaged: Path, tmp_path: Path) -> None:
+    done = command("train", *TINY_MODEL, f"data.root={damaged}", "data.img_size=32", "data.num_workers=0")
+    assert done.status == 1
+    record = record_of(only_run(tmp_path / "runs"))
     assert record["status"] == "failed"
-    assert (
-        "recipe.batch_size must be at most the number of training images (56), got 4096; nearest: 56" in record["error"]
-    )
+    assert record["error"].startswith("OSError: image file is truncated")
+    assert any("_load" in line for line in record["error_lines"])
+    assert "resume: " in done.err
 
 
 def test_wandb_is_offline_unless_asked_and_carries_the_identity(command: Command, tmp_path: Path) -> None:

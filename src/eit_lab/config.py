@@ -294,6 +294,35 @@ class Config:
     logger: Annotated[LoggerConfig, Field(discriminator="kind")] = _req("where metrics go")
     run: RunConfig = _opt(RunConfig(), "folders")
 
+    def __post_init__(self) -> None:
+        devices = self.trainer.devices
+        count = len(devices) if isinstance(devices, tuple) else devices
+        if isinstance(count, int) and count > 0:  # else it is known on the machine only
+            per_device_batch(self, world_size=count * self.trainer.num_nodes)
+
+
+def per_device_batch(config: Config, *, world_size: int) -> int:
+    """Images of one device and micro-batch, from the GLOBAL batch. Refuses what does not divide, with the nearest that do."""
+    batch, accumulate = config.recipe.batch_size, config.trainer.accumulate_grad_batches
+    if batch % (world_size * accumulate) == 0:
+        return batch // (world_size * accumulate)
+    if batch % accumulate:
+        near = _nearest_divisors(batch, accumulate)
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches must divide recipe.batch_size ({batch}), got {accumulate}; nearest: {near}"
+        )
+    near = _nearest_divisors(batch // accumulate, world_size)
+    raise ConfigError(
+        f"trainer.devices times trainer.num_nodes must divide the global recipe.batch_size ({batch}"
+        f"{f' in {accumulate} micro-batches' if accumulate > 1 else ''}), got {world_size}; nearest: {near}"
+    )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    below = next(n for n in range(min(wanted, number), 0, -1) if number % n == 0)
+    above = next((n for n in range(wanted, number + 1) if number % n == 0), None)
+    return f"{below}" if above is None else f"{below} and {above}"
+
 
 # -------------------------------------------------------------------------------------------------------- load and dump
 

@@ -97,13 +97,13 @@ def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
 
 def _facts(config: Config) -> DataFacts:
     from eit_lab.config import TorchvisionData
-    from eit_lab.data.catalog import describe
+    from eit_lab.data.catalog import facts_for
 
     if isinstance(config.data, TorchvisionData) and config.data.download:
         from eit_lab.data.small import download
 
         download(config.data)
-    return describe(config.data)
+    return facts_for(config)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from eit_lab.config import ConfigError, DataConfig, DigitsData, ImageNetData, SyntheticData, TorchvisionData
+from eit_lab.config import Config, ConfigError, DataConfig, DigitsData, ImageNetData, SyntheticData, TorchvisionData
 from eit_lab.runs import DataFacts
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -25,6 +25,17 @@ _CIFAR = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
     "cifar100": ("cifar-100-python", ["train", "test"]),
 }
+
+
+def facts_for(config: Config) -> DataFacts:
+    """The data set of a whole config, checked against its recipe."""
+    facts = describe(config.data)
+    if facts.num_train < config.recipe.batch_size:
+        raise ConfigError(
+            f"recipe.batch_size must be at most the number of training images ({facts.num_train}), "
+            f"got {config.recipe.batch_size}; nearest: {facts.num_train}"
+        )
+    return facts
 
 
 def describe(config: DataConfig) -> DataFacts:

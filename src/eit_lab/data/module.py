@@ -9,35 +9,12 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from eit_lab.config import Config, ConfigError, ImageNetData
+from eit_lab.config import Config, ImageNetData, per_device_batch
 from eit_lab.data.imagenet import FolderImages, load_imagenet
-from eit_lab.data.order import EvalBatches, Item, TrainBatches
+from eit_lab.data.order import EvalBatches, TrainBatches
 from eit_lab.data.small import Batch, InMemoryImages, load_small
 
 Part = Literal["train", "val", "test"]
-
-
-def per_device_batch(config: Config, *, world_size: int) -> int:
-    """Images of one device and micro-batch, from the GLOBAL batch. Refuses what does not divide, with the nearest that do."""
-    batch, accumulate = config.recipe.batch_size, config.trainer.accumulate_grad_batches
-    if batch % (world_size * accumulate) == 0:
-        return batch // (world_size * accumulate)
-    if batch % accumulate:
-        near = _nearest_divisors(batch, accumulate)
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches must divide recipe.batch_size ({batch}), got {accumulate}; nearest: {near}"
-        )
-    near = _nearest_divisors(batch // accumulate, world_size)
-    raise ConfigError(
-        f"trainer.devices times trainer.num_nodes must divide the global recipe.batch_size ({batch}"
-        f"{f' in {accumulate} micro-batches' if accumulate > 1 else ''}), got {world_size}; nearest: {near}"
-    )
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    below = next(n for n in range(min(wanted, number), 0, -1) if number % n == 0)
-    above = next((n for n in range(wanted, number + 1) if number % n == 0), None)
-    return f"{below}" if above is None else f"{below} and {above}"
 
 
 class ImageData(LightningDataModule):
@@ -54,12 +31,6 @@ class ImageData(LightningDataModule):
             data, seed = self.config.data, self.config.seed
             self._parts = (
                 load_imagenet(data, seed=seed) if isinstance(data, ImageNetData) else load_small(data, seed=seed)
-            )
-        num_train = len(self._parts["train"])
-        if stage == "fit" and num_train < self.config.recipe.batch_size:
-            raise ConfigError(
-                f"recipe.batch_size must be at most the number of training images ({num_train}), "
-                f"got {self.config.recipe.batch_size}; nearest: {num_train}"
             )
 
     def part(self, name: Part) -> InMemoryImages | FolderImages:
@@ -121,4 +92,4 @@ class ImageData(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
-__all__ = ["Batch", "ImageData", "Item", "per_device_batch"]
+__all__ = ["Batch", "ImageData"]

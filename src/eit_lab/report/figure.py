@@ -28,7 +28,8 @@ def accuracy_figure(arms: Sequence[Arm]) -> Figure:
         colour = COLOURS[place % len(COLOURS)]
         values = arm.accuracies
         spread = estimate(values)
-        left.scatter([place - 0.16] * len(values), values, s=18, color=colour, alpha=0.75, linewidths=0)
+        beside = [place - 0.12 - 0.26 * (i + 0.5) / len(values) for i in range(len(values))]  # equal values stay apart
+        left.scatter(beside, values, s=18, color=colour, alpha=0.75, linewidths=0)
         if spread.n > 1:
             left.errorbar(place + 0.08, spread.mean, yerr=spread.half_width, fmt="o", color=colour, capsize=4, ms=6)
         curves = [curve for run in arm.runs.values() if (curve := _validation_curve(run["folder"]))]
@@ -46,7 +47,7 @@ def accuracy_figure(arms: Sequence[Arm]) -> Figure:
     right.set_xlabel("epoch")
     right.set_ylabel("validation top-1 (%)")
     right.set_title("mean and range over seeds, held-out slice of train", fontsize=10)
-    right.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9, loc="lower right")
     _zoom(right, ends)
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.25)
@@ -63,7 +64,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
 def _zoom(axes: Axes, ends: Sequence[float]) -> None:
     """Leave out the first climb, where all arms look alike, when the curves end well above it."""
     if ends and min(ends) > 60:
-        axes.set_ylim(bottom=min(ends) - 20)
+        axes.set_ylim(min(ends) - 20, 101)
 
 
 def _validation_curve(folder: str) -> dict[int, float]:

@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED
 from eit_lab.compose import Point
 from eit_lab.config import Config, ConfigError, dump, nearest
-from eit_lab.data.catalog import describe
+from eit_lab.data.catalog import facts_for
 from eit_lab.report.summary import write_summary
-from eit_lab.runs import code_state, identity, read_record, run_name, versions, write_text
+from eit_lab.runs import DataFacts, code_state, identity, read_record, run_name, versions, write_text
 
 _POLL_S = 0.2
 _ERROR_LINES = 8
@@ -102,9 +102,12 @@ def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[
 
 def _freeze(points: Sequence[Point], root: Path) -> tuple[Path, list[Job]]:
     """The sweep's folder, named by the runs it holds, and its jobs with their configs on disk."""
-    facts = {point.config.data: None for point in points}
-    described = {data: describe(data) for data in facts}
-    ids = [identity(point.config, described[point.config.data]) for point in points]
+    known: dict[object, DataFacts] = {}
+    for config in (point.config for point in points):
+        key = (config.data, config.recipe.batch_size)
+        if key not in known:  # a folder of a million files is listed once, not once a point
+            known[key] = facts_for(config)
+    ids = [identity(p.config, known[p.config.data, p.config.recipe.batch_size]) for p in points]
     for number, run_id in enumerate(ids):
         if (first := ids.index(run_id)) != number:
             raise ConfigError(

@@ -17,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eit_lab.runs import write_record, write_text
 
+_FLUSH_S = 10.0
 _WARMUP_STEPS = 3  # not timed: allocation, first touches, compilation
 
 
 class MetricsFile(Logger):
-    """metrics.csv, one row a logged step, appended to: a resumed run keeps the rows of its first part.
+    """metrics.csv, one row a logged step; a resumed run keeps the rows of its first part.
 
     Lightning's CSVLogger deletes an existing file when it starts on it, which a run that resumes must not.
     """
@@ -30,6 +31,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = path
         self._rows: list[dict[str, str]] = []
+        self._written_at = time.monotonic()
         if path.is_file():
             with path.open(newline="") as handle:
                 self._rows = list(csv.DictReader(handle))
@@ -52,24 +54,36 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add values at a step; values of the same step share a row."""
         values = {name: repr(float(value)) if name != "epoch" else str(int(value)) for name, value in metrics.items()}
-        if not (self._rows and self._rows[-1]["step"] == str(step)):
-            self._rows = [row for row in self._rows if step is None or int(row["step"]) < step]  # redone after a resume
+        step = 0 if step is None else step
+        while self._rows and int(self._rows[-1]["step"]) > step:  # of steps that are redone after a resume
+            self._rows.pop()
+        if not self._rows or int(self._rows[-1]["step"]) != step:
             self._rows.append({"step": str(step)})
         self._rows[-1].update(values)
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the file whole."""
-        names = sorted({name for row in self._rows for name in row} - {"step", "epoch"})
-        lines = [",".join(["step", "epoch", *names])]
-        lines += [",".join(row.get(name, "") for name in ("step", "epoch", *names)) for row in self._rows]
-        write_text(self.path, "\n".join(lines) + "\n")
+        """Write the file whole, but not more than once in some seconds: Lightning calls this at every logged step."""
+        if time.monotonic() - self._written_at > _FLUSH_S:
+            self._write()
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A run that resumes from this checkpoint must find the rows up to it."""
+        self._write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is there, however the run ended."""
         if self._rows:
-            self.save()
+            self._write()
+
+    def _write(self) -> None:
+        names = sorted({name for row in self._rows for name in row} - {"step", "epoch"})
+        lines = [",".join(["step", "epoch", *names])]
+        lines += [",".join(row.get(name, "") for name in ("step", "epoch", *names)) for row in self._rows]
+        write_text(self.path, "\n".join(lines) + "\n")
+        self._written_at = time.monotonic()
 
 
 class Speed(Callback):

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import Strategy
 
-from eit_lab.config import Config, WandbLogger, dump
-from eit_lab.data.module import ImageData, per_device_batch
+from eit_lab.config import Config, WandbLogger, dump, per_device_batch
+from eit_lab.data.module import ImageData
 from eit_lab.models.backbone import Backbone
 from eit_lab.models.cost import Cost, count_cost
 from eit_lab.runs import RECORD_SCHEMA, DataFacts, Run, is_main_process, versions, write_manifest, write_record
