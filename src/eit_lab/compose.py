@@ -122,10 +122,11 @@ def compose_points(
         params = [f"{key}={value}" for key, value in (hydra_node["sweeper"].get("params") or {}).items()]
         given += [o for o in _parse(params) if o.get_key_element() not in named]
         space = _Space(given, config_name, config_dirs)
-        # One point per value first: a sweep of thousands with one bad value fails at once, not at its place in the order.
+        # One point per value first, plain values before groups (which take Hydra 0.1 s each): a sweep of thousands with
+        # one bad value fails at once, not at its place in the order.
         starts = [axis[0] for axis in space.axes]
-        for place, axis in enumerate(space.axes):
-            for value in axis:
+        for place in sorted(range(len(starts)), key=lambda place: not space.is_value[place]):
+            for value in space.axes[place]:
                 space.config((*starts[:place], value, *starts[place + 1 :]))
         points = []
         for combination in itertools.product(*space.axes):
@@ -139,7 +140,7 @@ class _Space:
 
     def __init__(self, given: Sequence[Override], config_name: str, config_dirs: Sequence[str]) -> None:
         self.axes = [_axis(override) for override in given]
-        self._values = [_is_value_axis(override) for override in given]
+        self.is_value = [_is_value_axis(override) for override in given]
         self._config_name, self._config_dirs = config_name, config_dirs
         self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
         self._seen: dict[tuple[str, ...], Config] = {}
@@ -154,8 +155,8 @@ class _Space:
         return self._seen[combination]
 
     def _load(self, combination: tuple[str, ...]) -> Config:
-        groups = tuple(o for o, is_value in zip(combination, self._values, strict=True) if not is_value)
-        values = [o for o, is_value in zip(combination, self._values, strict=True) if is_value]
+        groups = tuple(o for o, is_value in zip(combination, self.is_value, strict=True) if not is_value)
+        values = [o for o, is_value in zip(combination, self.is_value, strict=True) if is_value]
         if groups not in self._composed:
             self._composed[groups] = _compose(groups, self._config_name, self._config_dirs, resolve=False)[0]
         job = OmegaConf.create(self._composed[groups])
