@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from conftest import TINY, TINY_MODEL, Done
@@ -243,6 +244,21 @@ def test_a_failure_is_on_record_with_its_last_lines(command: Command, damaged: P
     assert record["error"].startswith("OSError: image file is truncated")
     assert any("_load" in line for line in record["error_lines"])
     assert "resume: " in done.err
+
+
+def test_what_only_the_machine_can_refuse_is_one_line_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    from eit_lab.train import main
+
+    assert main([*TINY, "trainer.accelerator=gpu"]) == 2
+    assert "eit_lab: trainer: Lightning refuses accelerator=gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions_train_and_clip(precision: str, here: Path) -> None:
+    assert train(f"trainer.precision={precision}", "trainer.gradient_clip_val=0.5", "recipe.epochs=1") == 0
+    assert record_of(only_run(here / "runs"))["placement"]["precision"] == precision
 
 
 def test_wandb_is_offline_unless_asked_and_carries_the_identity(command: Command, tmp_path: Path) -> None:

@@ -235,10 +235,12 @@ class RecipeConfig:
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class TrainerConfig:
-    accelerator: Text = _opt("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = _opt("auto", "Lightning's accelerator")
     devices: StrictInt | Text | tuple[NonNegInt, ...] = _opt("auto", "devices per node, as Lightning takes them")
     num_nodes: PosInt = _opt(1, "machines")
-    strategy: Text = _opt("auto", "Lightning's strategy: auto, ddp, fsdp, ...")
+    strategy: Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "fsdp", "deepspeed"] = _opt(
+        "auto", "Lightning's strategy"
+    )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = _opt(
         "auto", "auto: bf16-mixed where the accelerator has it, 32-true on CPU"
     )
@@ -256,6 +258,10 @@ class TrainerConfig:
     deterministic: Flag = _opt(False, "refuse operations that have no repeatable form (CPU runs repeat without it)")
     profiler: Literal["simple", "advanced", "pytorch"] | None = _opt(None, "Lightning's profiler")
     progress_bar: Flag = _opt(True, "show a bar with the time that is left")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, int) and self.devices != -1 and self.devices < 1:
+            raise ValueError(f"trainer.devices must be 1 or more, or -1 for all, got {self.devices}; nearest: 1")
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)

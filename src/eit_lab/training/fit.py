@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import Strategy
 
-from eit_lab.config import Config, WandbLogger, dump, per_device_batch
+from eit_lab.config import Config, ConfigError, WandbLogger, dump, per_device_batch
 from eit_lab.data.module import ImageData
 from eit_lab.models.backbone import Backbone
 from eit_lab.models.cost import Cost, count_cost
@@ -136,31 +137,40 @@ def build_trainer(config: Config, *, folder: Path, callbacks: list[Callback], lo
     cuda = t.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     bf16 = cuda and torch.cuda.is_bf16_supported()
     precision: Any = t.precision if t.precision != "auto" else ("bf16-mixed" if bf16 else "32-true")
-    return Trainer(
-        accelerator=t.accelerator,
-        devices=devices,
-        num_nodes=t.num_nodes,
-        strategy=strategy,
-        precision=precision,
-        accumulate_grad_batches=t.accumulate_grad_batches,
-        gradient_clip_val=t.gradient_clip_val,
-        max_epochs=t.max_epochs or config.recipe.epochs,
-        max_steps=t.max_steps or -1,
-        check_val_every_n_epoch=t.check_val_every_n_epoch,
-        log_every_n_steps=t.log_every_n_steps,
-        limit_train_batches=t.overfit_batches or t.limit_train_batches,  # the data module then repeats one epoch
-        limit_val_batches=t.limit_val_batches,
-        limit_test_batches=t.limit_test_batches,
-        deterministic=t.deterministic,
-        profiler=t.profiler,
-        default_root_dir=folder,
-        logger=logger,
-        callbacks=callbacks,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # the data module hands each rank its own share
-    )
+    try:
+        return Trainer(
+            accelerator=t.accelerator,
+            devices=devices,
+            num_nodes=t.num_nodes,
+            strategy=strategy,
+            precision=precision,
+            accumulate_grad_batches=t.accumulate_grad_batches,
+            gradient_clip_val=t.gradient_clip_val,
+            max_epochs=t.max_epochs or config.recipe.epochs,
+            max_steps=t.max_steps or -1,
+            check_val_every_n_epoch=t.check_val_every_n_epoch,
+            log_every_n_steps=t.log_every_n_steps,
+            limit_train_batches=t.overfit_batches or t.limit_train_batches,  # the data module then repeats one epoch
+            limit_val_batches=t.limit_val_batches,
+            limit_test_batches=t.limit_test_batches,
+            deterministic=t.deterministic,
+            profiler=t.profiler,
+            default_root_dir=folder,
+            logger=logger,
+            callbacks=callbacks,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module hands each rank its own share
+        )
+    except (
+        MisconfigurationException,
+        ValueError,
+    ) as error:  # what only the machine itself can tell, such as a missing GPU
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"trainer: Lightning refuses accelerator={t.accelerator}, devices={t.devices}: {reason}"
+        ) from None
 
 
 def build_loggers(config: Config, run: Run) -> list[Logger]:

@@ -65,7 +65,9 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and the learning rate of every optimizer step."""
-        optimizer = build_optimizer(self.model, self.recipe)
+        # NOTE: Lightning refuses to clip for a fused optimizer under any mixed precision, a scaler or not.
+        mixed = str(self.trainer.precision).endswith("-mixed")
+        optimizer = build_optimizer(self.model, self.recipe, fused=not (mixed and self.trainer.gradient_clip_val))
         total = int(self.trainer.estimated_stepping_batches)
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
 

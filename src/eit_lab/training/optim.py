@@ -23,14 +23,14 @@ def parameter_groups(model: Backbone, *, weight_decay: float) -> list[dict[str, 
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: Backbone, recipe: RecipeConfig) -> torch.optim.AdamW:
-    """AdamW at the recipe's peak learning rate; one fused kernel a step."""
+def build_optimizer(model: Backbone, recipe: RecipeConfig, *, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW at the recipe's peak learning rate, one fused kernel a step where there is one."""
     return torch.optim.AdamW(
         parameter_groups(model, weight_decay=recipe.weight_decay),
         lr=recipe.lr,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
-        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+        fused=fused and next(model.parameters()).device.type in ("cpu", "cuda"),
     )
 
 
