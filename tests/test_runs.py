@@ -106,6 +106,50 @@ def test_evaluate_gives_the_same_number_again(here: Path, capsys: pytest.Capture
     assert "val/acc1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("select", ["best", "last"])
+@pytest.mark.parametrize("stop", ["recipe.epochs=3", "trainer.max_steps=4"])
+def test_evaluate_agrees_wherever_training_stopped(select: str, stop: str, here: Path) -> None:
+    from eit_lab.evaluate import main
+
+    assert train(f"recipe.select={select}", stop, "trainer.check_val_every_n_epoch=2", "recipe.lr=0.01") == 0
+    assert main([f"run={only_run(here / 'runs')}"]) == 0
+
+
+def test_damaged_files_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("recipe.epochs=1") == 0
+    folder = only_run(here / "runs")
+    record = folder / "record.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    assert train("recipe.epochs=1") == 2
+    assert (
+        f"{last.relative_to(here)} is damaged and cannot be resumed from; run.overwrite=true" in capsys.readouterr().err
+    )
+    record.write_text("{")
+    assert train("recipe.epochs=1") == 2
+    assert "record.json is damaged" in capsys.readouterr().err
+    (here / "a_file").write_text("")
+    assert train("run.root=a_file") == 2
+    assert "run.root must be a folder that can be written, got 'a_file'" in capsys.readouterr().err
+
+
+def test_the_summary_counts_the_steps_that_will_run() -> None:
+    from eit_lab.training.fit import planned_steps
+
+    for args, steps in (
+        ((), 6),
+        (("trainer.max_steps=4",), 4),
+        (("trainer.max_steps=500",), 500),
+        (("trainer.max_steps=500", "trainer.max_epochs=1"), 3),
+        (("trainer.limit_train_batches=1",), 2),
+        (("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=0.5"), 4),
+        (("debug=one_batch",), 1),
+    ):
+        config = compose_one([*TINY, *args])
+        assert planned_steps(config, describe(config.data)) == steps, args
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -275,6 +319,7 @@ def test_debug_presets_run(debug: str, here: Path) -> None:
     assert train(f"debug={debug}", *(["recipe.epochs=60", "recipe.lr=0.01"] if debug == "overfit" else [])) == 0
     record = record_of(only_run(here / "runs"))
     assert record["status"] == "finished"
+    assert (debug == "profile") == bool(list(only_run(here / "runs").glob("*profile*.txt")))
     if debug == "overfit":
         rows = (only_run(here / "runs") / "metrics.csv").read_text().splitlines()
         column = rows[0].split(",").index("train/loss")

@@ -164,6 +164,42 @@ def test_differences_are_paired_by_seed_and_unequal_seeds_are_said(tmp_path: Pat
     assert "(one seed: no interval)" in text
 
 
+def test_runs_in_other_places_are_one_arm_and_the_later_of_two_runs_counts(tmp_path: Path) -> None:
+    records = [record("vit_x", seed, 0.9, ended=f"2026-01-0{seed + 1}") for seed in range(2)]
+    records[0]["config"]["trainer"] = {"devices": 8, "progress_bar": False}
+    records.append(record("vit_x", 0, 0.5, ended="2026-01-09"))
+    write_records(tmp_path, records)
+    text = write_summary(tmp_path)
+    assert "70.00" in text  # 50 and 90: the later run of seed 0
+    assert "run0, which has a later run of the same arm and seed" in text
+
+
+def test_a_difference_never_mixes_two_factors(tmp_path: Path) -> None:
+    records = []
+    for size, width in (("s", 10), ("l", 20)):
+        for arm, accuracy in (("vit", 0.80), ("eit", 0.80 + width / 1000)):
+            made = record(f"{arm}_{size}", 0, accuracy)
+            made["config"]["model"]["size"] = {"name": size, "embed_dim": width}
+            records.append(made)
+    write_records(tmp_path, records)
+    text = write_summary(tmp_path)
+    assert "minus its plain ViT" in text
+    assert "+1.00 (one seed" in text
+    assert "+2.00 (one seed" in text
+    for place in range(4):  # two sizes of EIT and no ViT: nothing to hold them against
+        if "vit" in records[place]["name"]:
+            (tmp_path / f"run{place}" / "record.json").unlink()
+    assert "(one seed" in write_summary(tmp_path)  # they differ in one key only: the width
+
+
+def test_a_damaged_record_is_said_and_hides_no_other(tmp_path: Path) -> None:
+    write_records(tmp_path, [record("vit_x", 0, 0.9), record("vit_x", 1, 0.9)])
+    (tmp_path / "run1" / "record.json").write_text('{"schema": 1, "iden')
+    text = write_summary(tmp_path)
+    assert "90.00" in text
+    assert "not in the table: run1 seed ? is damaged" in text
+
+
 def test_mixed_versions_of_the_code_are_said(tmp_path: Path) -> None:
     write_records(tmp_path, [record("vit_x", 0, 0.9), record("eit_x", 0, 0.9, versions={"code": "def"})])
     assert "runs were made with 2 versions of the code (abc, def)" in write_summary(tmp_path)
@@ -218,6 +254,7 @@ def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(tmp_path: Path) -> No
     out, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 130, out
     assert "the same command goes on" in out
+    assert "seed 1 is waiting" in out
     again = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(list(tmp_path.glob("runs/*/record.json"))) == 2

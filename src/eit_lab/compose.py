@@ -1,7 +1,7 @@
 """From a command line to typed configs, through Hydra's groups and overrides: one run, or every point of a sweep.
 
 Everything wrong is found here, before torch is imported and before the first job starts. ``compose_one`` and
-``compose_points`` return checked Config objects; ``Mistake`` carries one line and the program's exit status 2.
+``compose_points`` return checked Config objects or raise ConfigError: one line, exit status 2.
 """
 
 from __future__ import annotations
@@ -289,6 +289,12 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     args = parser.parse_intermixed_args(list(argv))
     if args.config_path:
         raise ConfigError("--config-path is not ours to change; --config-dir adds a folder of configs")
+    if args.experimental_rerun:
+        raise ConfigError("--experimental-rerun is not supported; the same command finds its run again")
+    if args.cfg and args.multirun:
+        raise ConfigError("--cfg shows the config of one run; leave out -m and the lists of values")
+    if args.config_name and not (conf_dir() / f"{args.config_name}.yaml").is_file() and not args.config_dir:
+        raise ConfigError(f"--config-name must be train, got {args.config_name!r}")
     return Flags(
         overrides=list(args.overrides),
         multirun=args.multirun,

@@ -138,7 +138,16 @@ class ModelConfig:
         _, pitch, kernel_size, stride, pool = next(row for row in _STEM_BY_IMAGE_PX if side >= row[0])
         by_size = {"pitch": pitch, "kernel_size": kernel_size, "stride": stride, "pool": pool}
         gaps = {f.name: by_size[f.name] for f in dataclasses.fields(self.stem) if getattr(self.stem, f.name) is None}
-        return dataclasses.replace(self, stem=dataclasses.replace(self.stem, **gaps))  # type: ignore[arg-type]
+        stem = dataclasses.replace(self.stem, **gaps)  # type: ignore[arg-type]
+        if isinstance(stem, EITStem):
+            assert stem.kernel_size and stem.stride and stem.pool, "filled in above"  # noqa: PT018
+            maps = (side + 2 * (stem.kernel_size // 2) - stem.kernel_size) // stem.stride + 1
+            if maps // stem.pool < 1:
+                raise ConfigError(
+                    f"model.stem.pool must leave a token: the convolution makes {maps} of {side} px, got {stem.pool}; "
+                    f"nearest: {maps}"
+                )
+        return dataclasses.replace(self, stem=stem)
 
 
 def as_hw(img_size: ImageSize) -> tuple[int, int]:
@@ -155,7 +164,7 @@ class _DataBase:
     img_size: ImageSize = _req("side of the square network input in px, or [height, width]")
     in_chans: PosInt = _opt(3, "channels of the network input")
     mean: Floats = _req("per-channel mean that is taken off, in units of the [0, 1] pixel range")
-    std: Floats = _req("per-channel standard deviation that is divided by")
+    std: tuple[PosFloat, ...] = _req("per-channel standard deviation that is divided by")
     hflip: Share = _opt(0.0, "probability of a horizontal flip in training")
     val_size: PosInt | Annotated[StrictFloat, Field(gt=0, lt=1)] = _req(
         "held-out slice of train for model selection: a number of images, or a share"
@@ -186,6 +195,12 @@ class TorchvisionData(_DataBase):
     download: Flag = _opt(False, "fetch the files into data.root when they are not there")
     num_classes: PosInt = _req("number of classes")
     crop_padding: NonNegInt = _opt(4, "training images are padded by so many px and cropped back at random")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        classes = {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100}[self.dataset]
+        if self.num_classes != classes:
+            raise ValueError(f"data.num_classes must be {classes} for {self.dataset}, got {self.num_classes}")
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
@@ -236,7 +251,9 @@ class RecipeConfig:
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = _opt("auto", "Lightning's accelerator")
-    devices: StrictInt | Text | tuple[NonNegInt, ...] = _opt("auto", "devices per node, as Lightning takes them")
+    devices: StrictInt | Text | Annotated[tuple[NonNegInt, ...], Field(min_length=1)] = _opt(
+        "auto", "devices per node, as Lightning takes them"
+    )
     num_nodes: PosInt = _opt(1, "machines")
     strategy: Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "fsdp", "deepspeed"] = _opt(
         "auto", "Lightning's strategy"

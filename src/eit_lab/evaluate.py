@@ -35,7 +35,7 @@ def _main(argv: list[str]) -> int:
     config = _load_run(Path(options["run"]), overrides)
 
     from eit_lab.data.catalog import describe
-    from eit_lab.runs import read_record
+    from eit_lab.runs import is_main_process, read_record
     from eit_lab.training.evaluate import evaluate
 
     folder, part, checkpoint = Path(options["run"]), options["part"], options.get("checkpoint", config.recipe.select)
@@ -45,6 +45,8 @@ def _main(argv: list[str]) -> int:
 
         raise ConfigError(f"run: {folder} has no {weights.name} in checkpoints/; has it trained for an epoch?")
     result = evaluate(config, describe(config.data), weights, part=part)
+    if not is_main_process():
+        return 0
     print("  ".join(f"{name} {value:.6g}" for name, value in result.items()))
     record = read_record(folder)
     known = (record or {}).get("result") if (part, checkpoint) == ("test", config.recipe.select) else None

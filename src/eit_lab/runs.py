@@ -36,7 +36,7 @@ from eit_lab.config import Config, ConfigError, dump
 from eit_lab.version import __version__
 
 RECORD_SCHEMA = 1
-_PLACEMENT = (
+PLACEMENT = (
     "run",
     "logger",
     "data.root",
@@ -76,7 +76,7 @@ class DataFacts:
 def identity(config: Config, facts: DataFacts) -> str:
     """Ten hex digits: the hash of the resolved config, the data and the code. Placement is left out."""
     plain = dump(config)
-    for key in _PLACEMENT:
+    for key in PLACEMENT:
         *parents, last = key.split(".")
         node = plain
         for parent in parents:
@@ -155,17 +155,21 @@ def claim(config: Config, facts: DataFacts) -> Run:
     run_id = identity(config, facts)
     folder = Path(config.run.root) / run_name(config, run_id)
     if not is_main_process():
+        record = read_record(folder)
+        if record is not None and record["status"] == "finished" and not config.run.overwrite:
+            return Run(folder, run_id, "finished")
         return Run(folder, run_id, "resume" if (folder / "checkpoints" / "last.ckpt").exists() else "new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(config, error) from None
+    try:
         folder.mkdir()
         return Run(folder, run_id, "new", _hold(folder))
     except FileExistsError:
         pass
     except OSError as error:
-        raise ConfigError(
-            f"run.root must be a folder that can be written, got {config.run.root!r}: {error.strerror}"
-        ) from None
+        raise _unwritable(config, error) from None
     record = read_record(folder)
     finished = record is not None and record["status"] == "finished"
     if finished and not config.run.overwrite:
@@ -180,6 +184,10 @@ def claim(config: Config, facts: DataFacts) -> Run:
         return Run(folder, run_id, "new", _hold(folder))
     state: Literal["new", "resume"] = "resume" if (folder / "checkpoints" / "last.ckpt").exists() else "new"
     return Run(folder, run_id, state, lock)
+
+
+def _unwritable(config: Config, error: OSError) -> ConfigError:
+    return ConfigError(f"run.root must be a folder that can be written, got {config.run.root!r}: {error.strerror}")
 
 
 def _hold(folder: Path) -> IO[str]:
@@ -257,21 +265,31 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / "record.json"
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ConfigError(f"{path} is damaged; move its folder away to start that run anew") from None
     return record
 
 
 def find_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every run record in a folder: one run, a folder of runs, or a sweep (whose manifest names its runs)."""
+    """Every run in a folder: one run, a folder of runs, or a sweep (whose manifest names its runs).
+
+    What has no readable record is there too, with its status ("damaged", or a sweep's job that is "waiting"): a reader must
+    not take what is left for the whole.
+    """
     manifest = folder / "sweep.json"
     if manifest.is_file():
         jobs = json.loads(manifest.read_text())["jobs"]
-        candidates = [folder / job["folder"] for job in jobs if job.get("folder")]
+        candidates = [(folder / job["folder"], {"name": job["arm"], **job}) for job in jobs]
     elif (folder / "record.json").is_file():
-        candidates = [folder]
+        candidates = [(folder, {"name": folder.name, "seed": "?", "status": "damaged"})]
     else:
-        candidates = sorted(path.parent for path in folder.glob("*/record.json"))
-    for candidate in candidates:
-        record = read_record(candidate)
-        if record is not None:
-            yield {**record, "folder": str(candidate)}
+        found = sorted(path.parent for path in folder.glob("*/record.json"))
+        candidates = [(path, {"name": path.name, "seed": "?", "status": "damaged"}) for path in found]
+    for candidate, stub in candidates:
+        try:
+            record = read_record(candidate)
+        except ConfigError:
+            record = {**stub, "status": "damaged"}
+        yield {**(record or stub), "folder": str(candidate)}

@@ -61,9 +61,10 @@ def _read_frozen(argv: list[str]) -> Config:
 
 
 def _run(config: Config, argv: list[str], *, announce: Path | None = None) -> int:
+    from eit_lab.data.prepare import prepare
     from eit_lab.runs import claim, is_main_process, write_text
 
-    facts = _facts(config)
+    facts = prepare(config)
     with claim(config, facts) as run:
         if announce is not None and is_main_process():
             write_text(announce, json.dumps({"identity": run.run_id, "folder": str(run.folder)}))
@@ -93,17 +94,6 @@ def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
     if is_main_process():
         print(closing_line(record, run), flush=True)
     return 0
-
-
-def _facts(config: Config) -> DataFacts:
-    from eit_lab.config import TorchvisionData
-    from eit_lab.data.catalog import facts_for
-
-    if isinstance(config.data, TorchvisionData) and config.data.download:
-        from eit_lab.data.small import download
-
-        download(config.data)
-    return facts_for(config)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,10 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
+from eit_lab.runs import PLACEMENT
+
 Record = Mapping[str, Any]
-_NOT_AN_ARM = (
-    "seed",
-    "run",
-    "logger",
-    "model.name",
-    "model.size.name",
-    "model.ib.name",
-    "data.root",
-    "data.num_workers",
-)
+_NOT_AN_ARM = (*PLACEMENT, "seed", "model.name", "model.size.name", "model.ib.name")  # labels and places
 
 
 @dataclass
@@ -30,7 +23,12 @@ class Arm:
 
     label: str
     runs: dict[int, Record] = field(default_factory=dict)
-    rule: str = ""
+    plain: bool = False
+    """Attention only: rule none, or strength 0."""
+    point: dict[str, str] = field(default_factory=dict)
+    """The keys in which the arms differ, with this arm's values."""
+    superseded: list[Record] = field(default_factory=list)
+    """Runs of a seed that has a later one."""
 
     @property
     def accuracies(self) -> list[float]:
@@ -84,7 +82,9 @@ def paired_difference(arm: Arm, baseline: Arm) -> Estimate | None:
 def group_arms(records: Sequence[Record]) -> list[Arm]:
     """Finished runs grouped by everything but the seed; the plain ViT first, then in the order of the records."""
     finished = [record for record in records if record["status"] == "finished"]
-    flat = [_flatten(record["config"]) for record in finished]
+    flat = [
+        {**_flatten(r["config"]), "data.fingerprint": r.get("data", {}).get("fingerprint")} for r in finished
+    ]  # the same name over other files is another data set
     keys = [
         key
         for key in dict.fromkeys(key for config in flat for key in config)
@@ -94,13 +94,35 @@ def group_arms(records: Sequence[Record]) -> list[Arm]:
     by_point: dict[tuple[str, ...], Arm] = {}
     for record, config in zip(finished, flat, strict=True):
         point = tuple(repr(config.get(key)) for key in keys)
-        arm = by_point.setdefault(point, Arm(label=record["name"], rule=record["config"]["model"]["ib"]["rule"]))
-        arm.runs[record["seed"]] = record
+        ib = record["config"]["model"]["ib"]
+        plain = ib["rule"] == "none" or ib["strength"] == 0
+        new = Arm(label=record["name"], plain=plain, point=dict(zip(keys, point, strict=True)))
+        arm = by_point.setdefault(point, new)
+        known = arm.runs.get(record["seed"])
+        if known is None or known.get("ended", "") <= record.get("ended", ""):
+            known, arm.runs[record["seed"]] = arm.runs.get(record["seed"]), record
+        else:
+            known = record
+        arm.superseded += [known] if known is not None else []
     names = [arm.label for arm in by_point.values()]
     if len(set(names)) < len(names):  # the name does not tell them apart: say in which keys they differ
         for point, arm in by_point.items():
             arm.label += "".join(f" {key}={value}" for key, value in zip(keys, point, strict=True))
-    return sorted(by_point.values(), key=lambda arm: arm.rule != "none")
+    return sorted(by_point.values(), key=lambda arm: not arm.plain)
+
+
+def baseline_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The arm to hold this one against: the plain ViT that differs in nothing but the inductive bias.
+
+    Where the arms differ in one key only, it is the first of them. Else a difference would mix factors: None.
+    """
+    if len(arm.point) == 1:
+        return arms[0]
+
+    def outside(other: Arm) -> dict[str, str]:
+        return {key: value for key, value in other.point.items() if not key.startswith("model.ib.")}
+
+    return next((other for other in arms if other.plain and outside(other) == outside(arm)), None)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -47,7 +47,8 @@ def accuracy_figure(arms: Sequence[Arm]) -> Figure:
     right.set_xlabel("epoch")
     right.set_ylabel("validation top-1 (%)")
     right.set_title("mean and range over seeds, held-out slice of train", fontsize=10)
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+    if ends:
+        right.legend(frameon=False, fontsize=9, loc="lower right")
     _zoom(right, ends)
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.25)

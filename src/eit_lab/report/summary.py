@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eit_lab.report.arms import Arm, Estimate, Record, estimate, group_arms, paired_difference
+from eit_lab.report.arms import Arm, Estimate, Record, baseline_of, estimate, group_arms, paired_difference
 from eit_lab.runs import find_records, write_text
 from eit_lab.units import si
 
@@ -35,11 +35,11 @@ def write_summary(folder: Path) -> str:
 
 
 def _rows(arms: list[Arm]) -> tuple[list[list[str]], list[str]]:
-    baseline = arms[0]
     rows = []
-    for arm in arms:
+    baselines = [baseline_of(arm, arms) for arm in arms]
+    for arm, baseline in zip(arms, baselines, strict=True):
         spread = estimate(arm.accuracies)
-        difference = paired_difference(arm, baseline) if arm is not baseline else None
+        difference = paired_difference(arm, baseline) if baseline not in (None, arm) else None
         rows.append([
             arm.label,
             f"{arm.cost['params']:,}",
@@ -49,7 +49,9 @@ def _rows(arms: list[Arm]) -> tuple[list[list[str]], list[str]]:
             f"{arm.img_per_s:,.0f}" if arm.img_per_s else "-",
             _difference(difference),
         ])  # fmt: skip
-    return rows, [column.format(baseline=baseline.label) for column in COLUMNS[: None if len(arms) > 1 else -1]]
+    against = {baseline.label for baseline in baselines if baseline is not None}
+    name = against.pop() if len(against) == 1 else "its plain ViT"
+    return rows, [column.format(baseline=name) for column in COLUMNS[: None if len(arms) > 1 else -1]]
 
 
 def _difference(difference: Estimate | None) -> str:
@@ -68,6 +70,11 @@ def _notes(records: Sequence[Record], arms: Sequence[Arm]) -> list[str]:
         + (f" ({r['error'].splitlines()[0]})" if r.get("error") else "")
         for r in records
         if r["status"] != "finished"
+    ]
+    notes += [
+        f"not in the table: {run['name']} seed {run['seed']} in {run['folder']}, which has a later run of the same arm and seed"
+        for arm in arms
+        for run in arm.superseded
     ]
     codes = {r["versions"]["code"] for r in records if r["status"] == "finished"}
     if len(codes) > 1:

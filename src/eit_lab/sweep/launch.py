@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED
 from eit_lab.compose import Point
 from eit_lab.config import Config, ConfigError, dump, nearest
-from eit_lab.data.catalog import facts_for
+from eit_lab.data.prepare import prepare
 from eit_lab.report.summary import write_summary
 from eit_lab.runs import DataFacts, code_state, identity, read_record, run_name, versions, write_text
 
@@ -106,7 +106,7 @@ def _freeze(points: Sequence[Point], root: Path) -> tuple[Path, list[Job]]:
     for config in (point.config for point in points):
         key = (config.data, config.recipe.batch_size)
         if key not in known:  # a folder of a million files is listed once, not once a point
-            known[key] = facts_for(config)
+            known[key] = prepare(config)
     ids = [identity(p.config, known[p.config.data, p.config.recipe.batch_size]) for p in points]
     for number, run_id in enumerate(ids):
         if (first := ids.index(run_id)) != number:

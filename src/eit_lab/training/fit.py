@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
 
 from eit_lab.config import Config, ConfigError, WandbLogger, dump, per_device_batch
@@ -82,12 +85,20 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     best = ModelCheckpoint(
         run.folder / "checkpoints", filename="best", monitor="val/acc1", mode="max", enable_version_counter=False
     )
-    last = ModelCheckpoint(run.folder / "checkpoints", filename="last", enable_version_counter=False)
+    last = ModelCheckpoint(
+        run.folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
     keeper = RecordKeeper(run.folder, record, speed)
     callbacks: list[Callback] = [speed, keeper, best, last, LearningRateMonitor("step")]
     if config.trainer.progress_bar:
         callbacks.append(ProgressLine(speed))
-    trainer = build_trainer(config, folder=run.folder, callbacks=callbacks, logger=build_loggers(config, run))
+    trainer = build_trainer(
+        config,
+        folder=run.folder,
+        callbacks=callbacks,
+        logger=build_loggers(config, run),
+        max_epochs=math.ceil(planned_steps(config, facts) / max(1, steps_per_epoch(config, facts))),
+    )
     per_device = per_device_batch(config, world_size=trainer.world_size)
     record["placement"] = {
         "accelerator": trainer.strategy.root_device.type,
@@ -99,6 +110,11 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     if trainer.is_global_zero:
         print(summary(config, facts, run, cost, record["placement"]), flush=True)
     resume = str(run.last_checkpoint) if run.state == "resume" else None
+    if resume is not None and not zipfile.is_zipfile(resume):  # cut short: the directory at its end is missing
+        raise ConfigError(f"{resume} is damaged and cannot be resumed from; run.overwrite=true starts anew")
+    for key, count in (("data.val_size", facts.num_val), ("the test set", facts.num_test)):
+        if count < trainer.world_size:
+            raise ConfigError(f"{key} must give each of the {trainer.world_size} devices an image, got {count}")
     # Our own file: it holds the training state of Lightning, not tensors alone.
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=False)
@@ -127,7 +143,9 @@ def build_backbone(config: Config, facts: DataFacts) -> Backbone:
     )
 
 
-def build_trainer(config: Config, *, folder: Path, callbacks: list[Callback], logger: list[Logger]) -> Trainer:
+def build_trainer(
+    config: Config, *, folder: Path, callbacks: list[Callback], logger: list[Logger], max_epochs: int = 1
+) -> Trainer:
     """Lightning's Trainer: our keys passed on, ``auto`` precision resolved for the accelerator."""
     t = config.trainer
     devices: Any = list(t.devices) if isinstance(t.devices, tuple) else t.devices
@@ -146,7 +164,7 @@ def build_trainer(config: Config, *, folder: Path, callbacks: list[Callback], lo
             precision=precision,
             accumulate_grad_batches=t.accumulate_grad_batches,
             gradient_clip_val=t.gradient_clip_val,
-            max_epochs=t.max_epochs or config.recipe.epochs,
+            max_epochs=max_epochs,
             max_steps=t.max_steps or -1,
             check_val_every_n_epoch=t.check_val_every_n_epoch,
             log_every_n_steps=t.log_every_n_steps,
@@ -154,7 +172,7 @@ def build_trainer(config: Config, *, folder: Path, callbacks: list[Callback], lo
             limit_val_batches=t.limit_val_batches,
             limit_test_batches=t.limit_test_batches,
             deterministic=t.deterministic,
-            profiler=t.profiler,
+            profiler=_build_profiler(t.profiler, folder),
             default_root_dir=folder,
             logger=logger,
             callbacks=callbacks,
@@ -173,6 +191,12 @@ def build_trainer(config: Config, *, folder: Path, callbacks: list[Callback], lo
         ) from None
 
 
+def _build_profiler(name: str | None, folder: Path) -> Profiler | None:
+    """Lightning's profiler, its report in the run folder: profile*.txt, or a trace for pytorch."""
+    profilers = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return profilers[name](dirpath=folder, filename="profile") if name else None
+
+
 def build_loggers(config: Config, run: Run) -> list[Logger]:
     """metrics.csv always; W&B when configured, offline unless asked."""
     loggers: list[Logger] = [MetricsFile(run.folder / "metrics.csv")]
@@ -180,6 +204,7 @@ def build_loggers(config: Config, run: Run) -> list[Logger]:
         from lightning.pytorch.loggers import WandbLogger as LightningWandb
 
         mode = config.logger.mode or os.environ.get("WANDB_MODE", "offline")
+        os.environ["WANDB_MODE"] = mode  # else an exported one would win over logger.mode
         loggers.append(
             LightningWandb(
                 name=run.folder.name,
@@ -219,9 +244,7 @@ def summary(config: Config, facts: DataFacts, run: Run, cost: Cost, placement: d
     """Model, data and cost in a few lines, before the first step."""
     model, data, recipe = config.model, config.data, config.recipe
     splits = model.layer_splits()
-    steps = facts.num_train // recipe.batch_size
-    epochs = config.trainer.max_epochs or recipe.epochs
-    total = config.trainer.max_steps or steps * epochs
+    total = planned_steps(config, facts)
     images = total * recipe.batch_size
     h, w = cost.grid
     rows = [
@@ -239,6 +262,23 @@ def summary(config: Config, facts: DataFacts, run: Run, cost: Cost, placement: d
         ("run", f"{run.folder}  ({'resumed' if run.state == 'resume' else 'new'}, seed {config.seed})"),
     ]  # fmt: skip
     return "\n".join(f"{name:>7}  {text}" for name, text in rows)
+
+
+def steps_per_epoch(config: Config, facts: DataFacts) -> int:
+    """Optimizer steps of one epoch, limits taken into account."""
+    t = config.trainer
+    batches = facts.num_train // config.recipe.batch_size * t.accumulate_grad_batches
+    limit = t.overfit_batches or t.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / t.accumulate_grad_batches)
+
+
+def planned_steps(config: Config, facts: DataFacts) -> int:
+    """Optimizer steps of the whole training: max_steps alone may go on past the recipe's epochs."""
+    t = config.trainer
+    epochs = t.max_epochs or (None if t.max_steps else config.recipe.epochs)
+    by_epochs = steps_per_epoch(config, facts) * epochs if epochs else None
+    return min(count for count in (by_epochs, t.max_steps) if count is not None)
 
 
 def _size(img_size: Any) -> str:
@@ -267,7 +307,8 @@ def closing_line(record: dict[str, Any], run: Run) -> str:
         f"top-5 {100 * result['test/acc5']:.2f}%, {_which_weights(record)}\n"
         f"folder {run.folder}\n"
         f"look:   python -m eit_lab.report {run.folder}\n"
-        f"again:  python -m eit_lab.evaluate run={run.folder}"
+        f"again:  python -m eit_lab.evaluate run={run.folder}\n"
+        "resume: nothing left to do; the same command finds this run, more epochs make another"
     )
 
 
@@ -279,4 +320,5 @@ def _which_weights(record: dict[str, Any]) -> str:
 
 def stop_line(run: Run, argv: list[str]) -> str:
     """How to go on with a run that did not end."""
-    return f"resume: {Path(sys.executable).name} -m eit_lab.train {' '.join(argv)}   (folder {run.folder})"
+    same = shlex.join(word for word in argv if not word.startswith("run.overwrite="))  # which would start anew
+    return f"resume: {Path(sys.executable).name} -m eit_lab.train {same}   (folder {run.folder})"
