@@ -307,7 +307,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
 def hand_over_to_hydra(argv: Sequence[str]) -> int:
     """Let Hydra answer what is Hydra's to answer, once the config itself is known to be good."""
     flags = parse_flags(argv)
-    if any(flag in argv for flag in ("--cfg", "-c")) and not flags.multirun:
+    if any(flag in argv for flag in ("--cfg", "-c")):
         compose_one(flags.overrides, config_name=flags.config_name, config_dirs=flags.config_dirs)
     register_schema()
 
