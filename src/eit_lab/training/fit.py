@@ -184,6 +184,7 @@ def build_trainer(
     except (
         MisconfigurationException,
         ValueError,
+        ImportError,
     ) as error:  # what only the machine itself can tell, such as a missing GPU
         reason = str(error).splitlines()[0]
         raise ConfigError(
