@@ -12,7 +12,8 @@ import pytest
 
 from conftest import Done
 from eit_lab.compose import compose_model, compose_one, compose_points, conf_dir
-from eit_lab.config import Config, ConfigError, dump, field_help, load
+from eit_lab.config import Config, ConfigError
+from eit_lab.loading import dump, field_help, load
 
 Command = Callable[..., Done]
 WRONG = [

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eit_lab {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        from eit_lab.config import nearest
+        from eit_lab.loading import nearest
 
         print(
             f"eit-lab: the command must be one of {', '.join(COMMANDS)}, got {args[0]!r}{nearest(args[0], list(COMMANDS))}",

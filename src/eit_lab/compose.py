@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +33,18 @@ from eit_lab.config import (
     RecipeConfig,
     RunConfig,
     TrainerConfig,
-    defaults,
-    load,
-    load_model,
-    nearest,
-    unknown_key,
 )
+from eit_lab.loading import defaults, load, load_model, nearest, unknown_key
+from eit_lab.published import GLOBAL_BATCH
 
 VERSION_BASE = "1.3"
+_DEFAULT_BATCH = 512  # of a size that has no published run
+# What a recipe's YAML may ask: ${scale_lr:PEAK,AT_BATCH,BATCH}, ${published_batch:SIZE}, ${published_curve:SIZE}.
+_RESOLVERS: dict[str, Callable[..., Any]] = {
+    "scale_lr": lambda peak, at_batch, batch: peak * batch / at_batch,
+    "published_batch": lambda size: GLOBAL_BATCH.get(size, _DEFAULT_BATCH),
+    "published_curve": lambda size: size if size in GLOBAL_BATCH else None,
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,15 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Give Hydra every key that has a default, so that YAML needs to hold the chosen values only."""
+    """Give Hydra every key that has a default, so that YAML needs to hold the chosen values only; and our resolvers."""
+    for name, resolve in _RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, resolve, replace=True)
     ConfigStore.instance().store(
         name="schema",
         node={
             "seed": 0,
+            "checkpoint": None,
+            "checkpoint_weights": "raw",
             "model": {**defaults(ModelConfig), "ib": defaults(IBConfig)},
             "recipe": defaults(RecipeConfig),
             "trainer": defaults(TrainerConfig),

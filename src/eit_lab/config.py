@@ -1,18 +1,16 @@
 """The typed configuration: frozen dataclasses own types, ranges, units, defaults and one line of help for each field.
 
 YAML under ``conf/`` picks values, Hydra composes them (compose.py), ``load`` turns the composed mapping into these
-objects or says in one line what is wrong. Nothing here imports torch: a typo answers in well under a second.
+objects (loading.py) or says in one line what is wrong. Nothing here imports torch: a typo answers in well under a second.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
 from eit_lab.schedule import LayerSplit, layer_splits
@@ -31,6 +29,7 @@ NonNegInt = Annotated[StrictInt, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 PosFloat = Annotated[float, Field(gt=0, strict=True)]
 NonNegFloat = Annotated[float, Field(ge=0, strict=True)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Batches = PosInt | Annotated[StrictFloat, Field(gt=0, le=1)]
 # Not Field(strict=True): YAML has lists, not tuples.
 ImageSize = PosInt | tuple[PosInt, PosInt]
@@ -238,37 +237,88 @@ class RecipeConfig:
     warmup_epochs: NonNegFloat = _opt(5.0, "epochs of linear warm-up from warmup_lr to lr")
     warmup_lr: NonNegFloat = _opt(1e-6, "learning rate of the first step")
     min_lr: NonNegFloat = _opt(1e-5, "learning rate at the end of the cosine")
+    published_lr: Flag = _opt(
+        False, "one learning rate an epoch, exactly as the authors ran it: a whole epoch late, the cosine cut into"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = _opt(
+        1.0, "learning rate of each block over that of the next one; for fine-tuning"
+    )
     weight_decay: NonNegFloat = _opt(0.05, "decoupled decay of matrices and kernels; biases, norms, tokens have none")
-    beta1: Annotated[float, Field(ge=0, lt=1, strict=True)] = _opt(0.9, "AdamW, first moment")
-    beta2: Annotated[float, Field(ge=0, lt=1, strict=True)] = _opt(0.999, "AdamW, second moment")
+    beta1: BelowOne = _opt(0.9, "AdamW, first moment")
+    beta2: BelowOne = _opt(0.999, "AdamW, second moment")
     eps: PosFloat = _opt(1e-8, "AdamW, added to the root of the second moment")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = _opt(0.1, "cross-entropy label smoothing")
+    label_smoothing: BelowOne = _opt(0.1, "share of the target that is spread over all classes")
+    rand_augment: Text | None = _opt(None, "RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1; null: off")
+    color_jitter: NonNegFloat = _opt(
+        0.0, "brightness, contrast and saturation each by a factor in 1 -+ this; only without rand_augment"
+    )
+    random_erasing_prob: Share = _opt(0.0, "probability that a rectangle of an image is replaced by noise")
+    mixup_alpha: NonNegFloat = _opt(0.0, "Beta(alpha, alpha) of mixup's share; 0: no mixup")
+    cutmix_alpha: NonNegFloat = _opt(0.0, "Beta(alpha, alpha) of CutMix's area; 0: no CutMix")
+    mixup_prob: Share = _opt(1.0, "probability that a group of images is mixed at all")
+    mixup_switch_prob: Share = _opt(0.5, "probability of CutMix rather than mixup, where both are on")
+    mixup_group: PosInt = _opt(128, "images that share one draw of mixup or CutMix; even")
+    repeated_augment: PosInt = _opt(1, "times each chosen image comes in one batch, augmented anew; steps stay the same")
+    ema_decay: BelowOne | None = _opt(None, "decay per step of the averaged weights (EMA); null: none are kept")
+    skip_nonfinite: NonNegInt = _opt(0, "steps with a loss or gradient that is not finite to skip before the run stops")
     select: Literal["best", "last"] = _opt(
         "best", "weights that give the final number: best on the held-out slice of train, or the last (small slices)"
     )
+    reference: Literal["mini", "tiny", "base", "large"] | None = _opt(
+        None, "published run whose top-1 of the same epoch is drawn beside this run's (arXiv:2203.07116)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.mixup_group % 2:
+            raise ValueError(
+                f"recipe.mixup_group must be even, since images are mixed in pairs, got {self.mixup_group}; "
+                f"nearest: {self.mixup_group + 1}"
+            )
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(
+                f"recipe.batch_size must be even, since images are mixed in pairs, got {self.batch_size}; "
+                f"nearest: {self.batch_size + 1}"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or CutMix is on."""
+        return self.mixup_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = _opt("auto", "Lightning's accelerator")
     devices: StrictInt | Text | Annotated[tuple[NonNegInt, ...], Field(min_length=1)] = _opt(
-        "auto", "devices per node, as Lightning takes them"
+        "auto", "devices per node: a number, a list of them, auto or -1 for all"
     )
-    num_nodes: PosInt = _opt(1, "machines")
-    strategy: Literal["auto", "ddp", "ddp_fork", "ddp_spawn", "fsdp", "deepspeed"] = _opt(
-        "auto", "Lightning's strategy"
-    )
+    num_nodes: PosInt = _opt(1, "machines; more than one needs Slurm or torchrun to start the processes")
+    strategy: Literal["auto", "ddp", "fsdp"] = _opt("auto", "auto: ddp where there is more than one process")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = _opt(
         "auto", "auto: bf16-mixed where the accelerator has it, 32-true on CPU"
     )
     compile: Flag = _opt(False, "torch.compile the backbone")
-    accumulate_grad_batches: PosInt = _opt(1, "micro-batches per optimizer step; the global batch stays as it is")
+    micro_batch_size: PosInt | None = _opt(
+        None, "most images of one device at once; accumulation follows from it. null: no accumulation"
+    )
+    accumulate_grad_batches: PosInt | None = _opt(
+        None, "micro-batches per optimizer step; the global batch stays as it is. null: from micro_batch_size"
+    )
+    eval_batch_size: PosInt = _opt(250, "images of one evaluation batch, the same on any number of devices")
     gradient_clip_val: NonNegFloat | None = _opt(None, "clip the gradient's norm at this value")
     max_epochs: PosInt | None = _opt(None, "null: recipe.epochs; the schedule spans what is trained")
     max_steps: PosInt | None = _opt(None, "stop after so many optimizer steps; the schedule spans them")
     check_val_every_n_epoch: PosInt = _opt(1, "epochs between two evaluations on the held-out slice")
     log_every_n_steps: PosInt = _opt(20, "optimizer steps between two logged training losses")
-    limit_train_batches: Batches = _opt(1.0, "batches per epoch: a number, or a share")
+    checkpoint_every_minutes: PosFloat = _opt(15.0, "longest time between two checkpoints inside an epoch")
+    checkpoint_every_n_steps: PosInt | None = _opt(None, "optimizer steps between two checkpoints; null: by time only")
+    keep_epochs: NonNegInt = _opt(0, "checkpoints of the last so many epochs to keep, for averaging")
+    record_samples: Flag = _opt(False, "write the ids of every step's samples to samples/ in the run folder")
+    process_timeout_minutes: PosFloat = _opt(30.0, "how long a process waits for the others before it gives up")
+    peak_tflops: PosFloat | None = _opt(
+        None, "the device's peak in 1e12 floating-point operations per second, for perf/mfu; null: known for some GPUs"
+    )
+    limit_train_batches: Batches = _opt(1.0, "micro-batches per epoch: a number, or a share")
     limit_val_batches: Batches = _opt(1.0, "validation batches: a number, or a share")
     limit_test_batches: Batches = _opt(1.0, "test batches: a number, or a share")
     overfit_batches: NonNegInt = _opt(0, "train on the same few batches again and again; 0: off")
@@ -293,6 +343,10 @@ class WandbLogger:
     entity: Text | None = _opt(None, "W&B entity; null: your default")
     mode: Literal["offline", "online"] | None = _opt(None, "null: WANDB_MODE if it is set, else offline")
     tags: tuple[Text, ...] = _opt((), "W&B tags")
+    init_timeout_s: PosFloat = _opt(20.0, "seconds to wait for the W&B server at the start, then the run goes offline")
+    finish_timeout_s: PosFloat = _opt(60.0, "seconds to wait for the W&B server at the end; the data stays on disk")
+    artifacts: Literal["none", "best", "last", "all"] = _opt("none", "checkpoints to upload as artifacts at the end")
+    mistakes: NonNegInt = _opt(16, "worst mistakes of the test set to log as images")
 
 
 LoggerConfig: TypeAlias = NoLogger | WandbLogger
@@ -303,6 +357,7 @@ class RunConfig:
     root: Text = _opt("runs", "folder that holds the run folders; relative to where the command is typed")
     overwrite: Flag = _opt(False, "start anew: the earlier run of the same identity is moved aside")
     sweep: Text | None = _opt(None, "the sweep this run belongs to; set by -m")
+    show: Literal["schedule", "batches"] | None = _opt(None, "draw this and stop; set by debug=schedule, debug=batches")
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
@@ -310,6 +365,8 @@ class Config:
     """Everything one run depends on."""
 
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = _opt(0, "seed of the weights, the order and the augmentation")
+    checkpoint: Text | None = _opt(None, "start from these weights: a run folder, or a file of ours, the authors, timm")
+    checkpoint_weights: Literal["raw", "ema"] = _opt("raw", "which weights of the checkpoint")
     model: ModelConfig = _req("what is trained")
     data: Annotated[DataConfig, Field(discriminator="kind")] = _req("on which images")
     recipe: RecipeConfig = _opt(RecipeConfig(), "how")
@@ -321,170 +378,41 @@ class Config:
         devices = self.trainer.devices
         count = len(devices) if isinstance(devices, tuple) else devices
         if isinstance(count, int) and count > 0:  # else it is known on the machine only
-            per_device_batch(self, world_size=count * self.trainer.num_nodes)
+            micro_batches(self, world_size=count * self.trainer.num_nodes)
 
 
-def per_device_batch(config: Config, *, world_size: int) -> int:
-    """Images of one device and micro-batch, from the GLOBAL batch. Refuses what does not divide, with the nearest that do."""
+def micro_batches(config: Config, *, world_size: int) -> tuple[int, int]:
+    """(images of one device and micro-batch, micro-batches per step), from the GLOBAL batch.
+
+    Raises ConfigError where the global batch cannot be cut so, with the nearest that can.
+    """
     batch, accumulate = config.recipe.batch_size, config.trainer.accumulate_grad_batches
-    if batch % (world_size * accumulate) == 0:
-        return batch // (world_size * accumulate)
-    if batch % accumulate:
-        near = _nearest_divisors(batch, accumulate)
+    pair = 2 if config.recipe.mixes else 1  # images are mixed in pairs, which stay on one device
+    if accumulate is not None and batch % (accumulate * pair):
+        near = _nearest_divisors(batch // pair, accumulate)
         raise ConfigError(
-            f"trainer.accumulate_grad_batches must divide recipe.batch_size ({batch}), got {accumulate}; nearest: {near}"
+            f"trainer.accumulate_grad_batches must divide recipe.batch_size ({batch}{', in pairs' if pair > 1 else ''}), "
+            f"got {accumulate}; nearest: {near}"
         )
-    near = _nearest_divisors(batch // accumulate, world_size)
-    raise ConfigError(
-        f"trainer.devices times trainer.num_nodes must divide the global recipe.batch_size ({batch}"
-        f"{f' in {accumulate} micro-batches' if accumulate > 1 else ''}), got {world_size}; nearest: {near}"
-    )
+    cut = batch // (accumulate or 1)
+    if cut % (world_size * pair):
+        near = _nearest_divisors(cut // pair, world_size)
+        raise ConfigError(
+            f"trainer.devices times trainer.num_nodes must divide the global recipe.batch_size ({batch}"
+            f"{f' in {accumulate} micro-batches' if accumulate and accumulate > 1 else ''}"
+            f"{', in pairs' if pair > 1 else ''}), got {world_size}; nearest: {near}"
+        )
+    share, limit = batch // world_size, config.trainer.micro_batch_size
+    if accumulate is None:
+        accumulate = 1
+        while limit is not None and share // accumulate > limit:
+            if share // accumulate == pair:
+                raise ConfigError(f"trainer.micro_batch_size must be at least {pair} with mixing, got {limit}; nearest: {pair}")
+            accumulate = next(n for n in range(accumulate + 1, share + 1) if share % (n * pair) == 0)
+    return share // accumulate, accumulate
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
     below = next(n for n in range(min(wanted, number), 0, -1) if number % n == 0)
     above = next((n for n in range(wanted, number + 1) if number % n == 0), None)
     return f"{below}" if above is None else f"{below} and {above}"
-
-
-# -------------------------------------------------------------------------------------------------------- load and dump
-
-_UNION_KEYS = ("model.stem", "data", "logger")
-_LOADERS = {cls: TypeAdapter(cls) for cls in (ModelConfig, Config)}
-
-
-def load(plain: Mapping[str, Any]) -> Config:
-    """The typed Config of a composed, resolved mapping. Raises ConfigError in one line for the first thing wrong.
-
-    Nulls that follow from other keys are filled here (the stem's numbers from data.img_size), so that two commands that
-    mean the same run are the same run.
-    """
-    config: Config = _validate(Config, plain, prefix="")
-    return dataclasses.replace(config, model=config.model.for_images(config.data.img_size))
-
-
-def load_model(plain: Mapping[str, Any]) -> ModelConfig:
-    """The typed ModelConfig of a composed mapping of the model group alone."""
-    model: ModelConfig = _validate(ModelConfig, plain, prefix="model.")
-    return model
-
-
-def _validate(cls: Any, plain: Mapping[str, Any], *, prefix: str) -> Any:
-    try:
-        return _LOADERS[cls].validate_python(dict(plain))
-    except ValidationError as error:
-        raise ConfigError(_one_line(error.errors(), cls, prefix)) from None
-
-
-def _one_line(errors: Sequence[Any], cls: type, prefix: str) -> str:
-    """The first mistake in words. A plain union fails once for each alternative, all at one key: name them all."""
-    first = errors[0]
-    key, owner = _dotted_key(first["loc"], cls, prefix)
-    got, kind, ctx = first["input"], first["type"], first.get("ctx", {})
-    if kind == "value_error":
-        return str(ctx["error"])
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return unknown_key(key, got, [f.name for f in dataclasses.fields(owner)] if owner else [])
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument", "union_tag_not_found"):
-        return f"{key} must be given, and is missing"
-    if kind in ("literal_error", "union_tag_invalid"):
-        expected = ctx.get("expected", ctx.get("expected_tags", ""))
-        valid = [word.strip().strip("'") for word in expected.replace(" or ", ", ").split(",")]
-        if kind == "union_tag_invalid":
-            key, got = f"{key}.kind", ctx["tag"]
-        return f"{key} must be one of {', '.join(valid)}, got {got!r}{nearest(str(got), valid)}"
-    same_key = [error for error in errors if _dotted_key(error["loc"], cls, prefix)[0].startswith(key)]
-    rules = list(dict.fromkeys(_rule(error) for error in same_key))
-    hint = _nearest_bound(ctx) if len(rules) == 1 else ""
-    return f"{key} must be {' or '.join(rules)}, got {got!r}{hint}"
-
-
-def _rule(error: Mapping[str, Any]) -> str:
-    text: str = error["msg"].removeprefix("Input should be ")
-    for ours, theirs in {"an integer": "a valid integer", "a ": "a valid ", "text": "a string"}.items():
-        text = text.replace(theirs, ours)
-    return text.partition(",")[0].replace("a tuple", "a list").replace("an instance of", "a")
-
-
-def _nearest_bound(ctx: Mapping[str, Any]) -> str:
-    for name, before in (("ge", ""), ("le", ""), ("gt", "just above "), ("lt", "just below ")):
-        if name in ctx:
-            return f"; nearest: {before}{ctx[name]:g}"
-    return ""
-
-
-def _dotted_key(loc: Sequence[int | str], cls: type, prefix: str) -> tuple[str, type | None]:
-    """The user's dotted key for a pydantic location, and the dataclass that owns its last part."""
-    key, owner, current = prefix.rstrip("."), None, _members(cls)
-    steps = iter(loc)
-    for step in steps:
-        by_tag = {tag: sub for sub in current for tag in _tags(sub)}
-        if key in _UNION_KEYS and step in by_tag:  # a tagged union's tag is not a part of the key
-            current = (by_tag[str(step)],)
-            continue
-        owner = next((sub for sub in current if step in {f.name for f in dataclasses.fields(sub)}), None)
-        if owner is None and current:
-            owner = current[0]
-            current = ()
-        elif owner is not None:
-            current = _members(get_type_hints(owner, include_extras=True).get(str(step)))
-        elif not isinstance(step, int):  # which alternative of a plain union failed: not a part of the key
-            continue
-        key = f"{key}[{step}]" if isinstance(step, int) else f"{key}.{step}".lstrip(".")
-    return key, owner
-
-
-def _members(hint: Any) -> tuple[type, ...]:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return (hint,)
-    return tuple(member for part in get_args(hint) for member in _members(part)) if get_origin(hint) else ()
-
-
-def _tags(cls: type) -> tuple[str, ...]:
-    hint = get_type_hints(cls).get("kind")
-    return get_args(hint) if get_origin(hint) is Literal else ()
-
-
-def unknown_key(key: str, value: Any, siblings: Sequence[str]) -> str:
-    """One line for a key that does not exist, with the nearest of its siblings."""
-    parent, _, last = key.rpartition(".")
-    valid = [f"{parent}.{name}".lstrip(".") for name in siblings]
-    close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)
-    if close:
-        return f"{key} is not a key, got {value!r}; nearest: {f'{parent}.{close[0]}'.lstrip('.')}"
-    return f"{key} is not a key, got {value!r}; there are: {', '.join(valid)}"
-
-
-def nearest(word: str, valid: Sequence[str]) -> str:
-    """``; nearest: NAME`` when one of the valid names is close to the word, else nothing."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.4)
-    return f"; nearest: {close[0]}" if close else ""
-
-
-def dump(config: Any) -> dict[str, Any]:
-    """A config object as nested plain dicts and lists, ready for JSON, YAML and hashing."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def field_help(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted key, help, default) of every field below a config class, depth first; MISSING where there is no default."""
-    hints = get_type_hints(cls, include_extras=True)
-    for item in dataclasses.fields(cls):
-        key = f"{prefix}{item.name}"
-        members = _members(hints[item.name])
-        if not members:
-            yield key, item.metadata["help"], item.default
-        for member in members:
-            yield from field_help(member, f"{key}.")
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """The fields of a flat config class that have defaults, as plain values."""
-    return {f.name: _plain(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}

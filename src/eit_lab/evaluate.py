@@ -61,7 +61,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _take_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    from eit_lab.config import ConfigError, nearest
+    from eit_lab.config import ConfigError
+    from eit_lab.loading import nearest
 
     options = {"part": "test"}
     overrides = []
@@ -92,7 +93,8 @@ def _load_run(folder: Path, overrides: list[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from eit_lab.config import ConfigError, load, unknown_key
+    from eit_lab.config import ConfigError
+    from eit_lab.loading import load, unknown_key
 
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run must be the folder of a run (with config.yaml), got {str(folder)!r}")

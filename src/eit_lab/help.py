@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 
 from eit_lab.compose import conf_dir
-from eit_lab.config import field_help
+from eit_lab.loading import field_help
 
 _GROUPS = (
     "model", "model/size", "model/ib", "model/stem", "data", "recipe", "trainer", "logger", "experiment", "debug",

@@ -32,7 +32,8 @@ from typing import IO, Any, Literal
 
 from omegaconf import OmegaConf
 
-from eit_lab.config import Config, ConfigError, dump
+from eit_lab.config import Config, ConfigError
+from eit_lab.loading import dump
 from eit_lab.version import __version__
 
 RECORD_SCHEMA = 1
@@ -51,7 +52,7 @@ PLACEMENT = (
     "trainer.progress_bar",
 )
 # Rooms whose code can change a result; reports, launchers and entry points cannot.
-_RESULT_ROOMS = ("config.py", "schedule.py", "models", "data", "training")
+_RESULT_ROOMS = ("config.py", "loading.py", "schedule.py", "learning_rate.py", "models", "data", "training")
 _PACKAGES = (
     "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scikit-learn", "wandb",
 )  # fmt: skip

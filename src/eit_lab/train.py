@@ -51,7 +51,8 @@ def _read_frozen(argv: list[str]) -> Config:
     """The config that a sweep froze for this job: no groups, no YAML of today."""
     from omegaconf import OmegaConf
 
-    from eit_lab.config import ConfigError, load
+    from eit_lab.config import ConfigError
+    from eit_lab.loading import load
 
     if len(argv) != 2 or not Path(argv[1]).is_file():
         raise ConfigError(f"--frozen takes the file of one resolved config, got {' '.join(argv[1:]) or 'nothing'}")

@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED
 from eit_lab.compose import Point
-from eit_lab.config import Config, ConfigError, dump, nearest
+from eit_lab.config import Config, ConfigError
 from eit_lab.data.prepare import prepare
+from eit_lab.loading import dump, nearest
 from eit_lab.report.summary import write_summary
 from eit_lab.runs import DataFacts, code_state, identity, read_record, run_name, versions, write_text
 

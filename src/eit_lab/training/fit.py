@@ -23,7 +23,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
 
-from eit_lab.config import Config, ConfigError, WandbLogger, dump, per_device_batch
+from eit_lab.config import Config, ConfigError, WandbLogger, per_device_batch
 from eit_lab.data.module import ImageData
 from eit_lab.models.backbone import Backbone
 from eit_lab.models.cost import Cost, count_cost
