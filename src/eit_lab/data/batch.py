@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     """(B, C, H, W) uint8."""
     labels: Tensor
     """(B,) int64."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field, not the method of tuples
     """(B,) int64: the sample's index in its part of the data set, or FILLER."""
     draw: Tensor
     """(B, 3) int64: epoch, copy (of repeated augmentation) and place in the epoch's order; zeros in evaluation."""

@@ -1,7 +1,8 @@
-"""ImageNet in folders, read through torchvision: random resized crop and flip in training, resize and centre crop else.
+"""ImageNet in folders, read through torchvision: random resized crop, flip and RandAugment in training, resize and centre
+crop else.
 
-Where we differ from torchvision's transforms: the draws are a function of (seed, epoch, sample index), not of a worker's
-generator, so the same image gets the same crop in the same epoch on any number of workers, ranks and restarts.
+Where we differ from torchvision's transforms: the draws are a function of (seed, epoch, sample index, copy), not of a
+worker's generator, so the same image gets the same crop in the same epoch on any number of workers, ranks and restarts.
 """
 
 from __future__ import annotations
@@ -21,50 +22,67 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from eit_lab.config import ImageNetData, as_hw
+from eit_lab.config import ConfigError, ImageNetData, RecipeConfig, as_hw
+from eit_lab.data.batch import FILLER, Batch
 from eit_lab.data.catalog import describe, imagenet_root
 from eit_lab.data.order import Item, held_out, uniform
+from eit_lab.data.rand_augment import ImageAugment, build_image_augment, global_states_kept
 
-Batch = tuple[Tensor, Tensor, Tensor]
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
 
 class FolderImages(Dataset[Batch]):
-    """Some images of an ImageFolder, decoded, cropped and normalised one by one."""
+    """Some images of an ImageFolder, decoded and cropped one by one; augmented where there is an ``augment_seed``."""
 
     def __init__(
-        self, folder: ImageFolder, chosen: NDArray[np.int64], config: ImageNetData, *, augment_seed: int | None
+        self,
+        folder: ImageFolder,
+        chosen: NDArray[np.int64],
+        config: ImageNetData,
+        *,
+        augment_seed: int | None = None,
+        image_augment: ImageAugment | None = None,
     ) -> None:
-        self.folder, self.chosen, self.config, self.augment_seed = folder, chosen, config, augment_seed
+        self.folder, self.chosen, self.config = folder, chosen, config
+        self.augment_seed, self.image_augment = augment_seed, image_augment
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, items: Sequence[Item]) -> Batch:
-        """Images (B, 3, H, W) float32, labels (B,), sample indices (B,)."""
-        loaded = [self._load(epoch, index) for epoch, index in items]
-        images = torch.stack([image for image, _ in loaded])
-        return images, torch.tensor([y for _, y in loaded]), torch.tensor([index for _, index in items])
+        """The batch of these samples; augmented by (seed, epoch, index, copy) when this is a training set."""
+        with global_states_kept():
+            loaded = [self._load(epoch, index, copy) for epoch, index, copy, _ in items]
+        return Batch(
+            torch.stack([image for image, _ in loaded]),
+            torch.tensor([label for _, label in loaded]),
+            torch.tensor([index for _, index, _, _ in items]),
+            torch.tensor([(epoch, copy, place) for epoch, _, copy, place in items]),
+        )
 
-    def _load(self, epoch: int, index: int) -> tuple[Tensor, int]:
+    def _load(self, epoch: int, index: int, copy: int) -> tuple[Tensor, int]:
+        hw = as_hw(self.config.img_size)
+        if index == FILLER:
+            return torch.zeros((self.config.in_chans, *hw), dtype=torch.uint8), 0
         path, label = self.folder.samples[self.chosen[index]]
         image = self.folder.loader(path)
-        hw = as_hw(self.config.img_size)
         if self.augment_seed is None:
             image = eval_crop(image, hw, resize_share=self.config.eval_resize_share)
         else:
-            image = self._augment(image, hw, epoch, index)
-        pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
-        return F.normalize(pixels, list(self.config.mean), list(self.config.std)), label
+            image = self._augment(image, hw, epoch, index, copy)
+        return F.pil_to_tensor(image), label
 
-    def _augment(self, image: Image.Image, hw: tuple[int, int], epoch: int, index: int) -> Image.Image:
+    def _augment(self, image: Image.Image, hw: tuple[int, int], epoch: int, index: int, copy: int) -> Image.Image:
+        """In timm's order: crop, flip, RandAugment or colour jitter."""
+
         def draw(stream: int) -> float:
             assert self.augment_seed is not None
-            return float(uniform(np.array([index]), seed=self.augment_seed, epoch=epoch, stream=stream)[0])
+            return float(uniform(np.array([index]), seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream)[0])
 
         top, left, height, width = self._crop_box(image.size, draw)
         image = F.resized_crop(image, top, left, height, width, list(hw), InterpolationMode.BICUBIC)
-        return F.horizontal_flip(image) if draw(0) < self.config.hflip else image
+        image = F.horizontal_flip(image) if draw(0) < self.config.hflip else image
+        return image if self.image_augment is None else self.image_augment(image, index, epoch=epoch, copy=copy)
 
     def _crop_box(self, size: tuple[int, int], draw: Callable[[int], float]) -> tuple[int, int, int, int]:
         """(top, left, height, width): area share uniform, aspect ratio log-uniform in [3/4, 4/3], as published."""
@@ -95,13 +113,18 @@ def eval_crop(image: Image.Image, hw: tuple[int, int], *, resize_share: float) -
     return F.center_crop(F.resize(image, [height, width], InterpolationMode.BICUBIC), [h, w])
 
 
-def load_imagenet(config: ImageNetData, *, seed: int) -> Mapping[Literal["train", "val", "test"], FolderImages]:
-    """train, a held-out slice of it as val, and the folder val/ as test."""
+def load_imagenet(
+    config: ImageNetData, recipe: RecipeConfig, *, seed: int
+) -> Mapping[Literal["train", "val", "test"], FolderImages]:
+    """train, a held-out slice of it as val, and the folder val/ as test; ``recipe`` chooses the augmentation of train."""
+    if config.in_chans != 3:
+        raise ConfigError(f"data.in_chans must be 3 for {config.name}, got {config.in_chans}; nearest: 3")
     root: Path = imagenet_root(config)
     folder, test = ImageFolder(str(root / "train")), ImageFolder(str(root / "val"))
     train, val = held_out(len(folder), describe(config).num_val, split_seed=config.split_seed)
+    image_augment = build_image_augment(config, recipe, seed=seed)
     return {
-        "train": FolderImages(folder, train, config, augment_seed=seed),
-        "val": FolderImages(folder, val, config, augment_seed=None),
-        "test": FolderImages(test, np.arange(len(test)), config, augment_seed=None),
+        "train": FolderImages(folder, train, config, augment_seed=seed, image_augment=image_augment),
+        "val": FolderImages(folder, val, config),
+        "test": FolderImages(test, np.arange(len(test)), config),
     }

@@ -6,48 +6,60 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from eit_lab.config import Config, ImageNetData, per_device_batch
+from eit_lab.config import Config, ImageNetData, micro_batches
+from eit_lab.data.batch import Batch
 from eit_lab.data.imagenet import FolderImages, load_imagenet
 from eit_lab.data.order import EvalBatches, TrainBatches
-from eit_lab.data.small import Batch, InMemoryImages, load_small
+from eit_lab.data.small import InMemoryImages, load_small
 
 Part = Literal["train", "val", "test"]
 
 
 class ImageData(LightningDataModule):
-    """Loaders of (images (B, C, H, W), labels (B,), sample indices (B,))."""
+    """Loaders of Batch. ``start``: (epoch, micro-batches of it that were taken already), where a run is resumed."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, start: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.start = config, start
         self._parts: Mapping[Part, InMemoryImages | FolderImages] = {}
 
     def setup(self, stage: str) -> None:
         """Read the data set, or its file lists."""
         if not self._parts:
-            data, seed = self.config.data, self.config.seed
+            data, recipe, seed = self.config.data, self.config.recipe, self.config.seed
             self._parts = (
-                load_imagenet(data, seed=seed) if isinstance(data, ImageNetData) else load_small(data, seed=seed)
+                load_imagenet(data, recipe, seed=seed)
+                if isinstance(data, ImageNetData)
+                else load_small(data, recipe, seed=seed)
             )
 
     def part(self, name: Part) -> InMemoryImages | FolderImages:
         """One part of the data set, read already."""
         return self._parts[name]
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in label order: an image folder's; None for the others, whose labels are numbers."""
+        train = self._parts["train"]
+        return list(train.folder.classes) if isinstance(train, FolderImages) else None
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """This rank's micro-batches of the global batches."""
         rank, world_size = self._place()
-        per_device_batch(self.config, world_size=world_size)
+        _, accumulate = micro_batches(self.config, world_size=world_size)
         sampler = TrainBatches(
             len(self._parts["train"]),
             batch_size=self.config.recipe.batch_size,
-            accumulate=self.config.trainer.accumulate_grad_batches,
+            accumulate=accumulate,
             rank=rank,
             world_size=world_size,
             seed=self.config.seed,
+            repeat=self.config.recipe.repeated_augment,
+            start=self.start,
             repeat_first_epoch=self.config.trainer.overfit_batches > 0,
         )
         return self._loader("train", sampler)
@@ -62,10 +74,16 @@ class ImageData(LightningDataModule):
 
     def _eval_loader(self, name: Part) -> DataLoader[Batch]:
         rank, world_size = self._place()
-        batch = per_device_batch(self.config, world_size=world_size)
+        batch_size = self.config.trainer.eval_batch_size
         return self._loader(
-            name, EvalBatches(len(self._parts[name]), batch_size=batch, rank=rank, world_size=world_size)
+            name, EvalBatches(len(self._parts[name]), batch_size=batch_size, rank=rank, world_size=world_size)
         )
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """To the device; in training all but index and draw, which the host reads: asking the device for them would wait."""
+        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        training = self.trainer is not None and self.trainer.training
+        return moved._replace(index=batch.index, draw=batch.draw) if training else moved
 
     def _loader(self, name: Part, sampler: Any) -> DataLoader[Batch]:
         num_workers = self._num_workers()
@@ -77,6 +95,8 @@ class ImageData(LightningDataModule):
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            # NOTE: else each start of an epoch would draw a seed for the workers from torch's global generator.
+            generator=torch.Generator().manual_seed(self.config.seed),
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 

@@ -1,6 +1,7 @@
 """Small data sets, held in memory: digits, Fashion-MNIST, CIFAR-10, CIFAR-100, and synthetic images of any size.
 
-A whole batch is cropped, flipped and normalised at once; there is nothing here for a worker process to do.
+A whole batch is cropped and flipped at once, so there is nothing here for a worker process to do; RandAugment or colour
+jitter, where the recipe asks for it, goes image by image.
 """
 
 from __future__ import annotations
@@ -18,47 +19,60 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eit_lab.config import ConfigError, DigitsData, SyntheticData, TorchvisionData, as_hw
+from eit_lab.config import ConfigError, DigitsData, RecipeConfig, SyntheticData, TorchvisionData, as_hw
+from eit_lab.data.batch import FILLER, Batch
 from eit_lab.data.catalog import describe, small_files
 from eit_lab.data.order import Item, held_out, uniform
+from eit_lab.data.rand_augment import ImageAugment, build_image_augment
 
 SmallData = DigitsData | TorchvisionData | SyntheticData
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images (B, C, H, W) float32, labels (B,) int64, sample indices (B,) int64."""
 
 _SPLIT_STREAM = 7  # of the digits' test set, which is the same for every split_seed
 
 
 class InMemoryImages(Dataset[Batch]):
-    """uint8 images (N, C, H, W) and labels (N,), served a batch at a time."""
+    """uint8 images (N, C, H, W) and labels (N,), served a batch at a time; augmented where there is an ``augment_seed``."""
 
-    def __init__(self, images: Tensor, labels: Tensor, config: SmallData, *, augment_seed: int | None) -> None:
-        self.images, self.labels, self.config, self.augment_seed = images, labels, config, augment_seed
-        scale = 1 / 255
-        self._mean = torch.tensor(config.mean).view(-1, 1, 1) / scale
-        self._std = torch.tensor(config.std).view(-1, 1, 1) / scale
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        config: SmallData,
+        *,
+        augment_seed: int | None = None,
+        image_augment: ImageAugment | None = None,
+    ) -> None:
+        self.images, self.labels, self.config = images, labels, config
+        self.augment_seed, self.image_augment = augment_seed, image_augment
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, items: Sequence[Item]) -> Batch:
-        """The batch of these samples; augmented by (seed, epoch, index) when this is a training set."""
-        index = np.array([index for _, index in items])
-        images = self.images[index]
+        """The batch of these samples; augmented by (seed, epoch, index, copy) when this is a training set."""
+        epoch, index, copy, place = np.array(items, dtype=np.int64).T
+        images, labels = self.images[index], self.labels[index]
         if self.augment_seed is not None:
-            images = self._augment(images, index, epoch=items[0][0])
-        return (images.float() - self._mean) / self._std, self.labels[index], torch.from_numpy(index)
+            images = self._augment(images, index, epoch=epoch, copy=copy)
+        filler = torch.from_numpy(index == FILLER)  # which -1 made the last image so far
+        if filler.any():
+            images[filler], labels[filler] = 0, 0
+        return Batch(images, labels, torch.from_numpy(index), torch.from_numpy(np.stack([epoch, copy, place], axis=1)))
 
-    def _augment(self, images: Tensor, index: NDArray[np.int64], *, epoch: int) -> Tensor:
+    def _augment(
+        self, images: Tensor, index: NDArray[np.int64], *, epoch: NDArray[np.int64], copy: NDArray[np.int64]
+    ) -> Tensor:
         def draw(stream: int) -> Tensor:
             assert self.augment_seed is not None
-            return torch.from_numpy(uniform(index, seed=self.augment_seed, epoch=epoch, stream=stream))
+            return torch.from_numpy(uniform(index, seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream))
 
         if pad := self.config.crop_padding:
             images = _crop(F.pad(images, (pad, pad, pad, pad)), draw(0), draw(1), images.shape[-2:])
         if self.config.hflip:
             flipped = draw(2) < self.config.hflip
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        if self.image_augment is not None:
+            images = self.image_augment.on_pixels(images, index, epoch=epoch, copy=copy)
         return images
 
 
@@ -70,15 +84,18 @@ def _crop(images: Tensor, y: Tensor, x: Tensor, hw: torch.Size) -> Tensor:
     return images[batch[:, None, None, None], chans[None, :, None, None], rows[:, None, :, None], cols[:, None, None]]
 
 
-def load_small(config: SmallData, *, seed: int) -> Mapping[Literal["train", "val", "test"], InMemoryImages]:
-    """The three parts of a small data set; ``seed`` draws the augmentation of train."""
+def load_small(
+    config: SmallData, recipe: RecipeConfig, *, seed: int
+) -> Mapping[Literal["train", "val", "test"], InMemoryImages]:
+    """The three parts of a small data set; ``seed`` draws the augmentation of train, which ``recipe`` chooses."""
+    image_augment = build_image_augment(config, recipe, seed=seed)
     (images, labels), (test_images, test_labels) = _read(config)
     images, test_images = _fit(images, config), _fit(test_images, config)
     train, val = held_out(len(images), describe(config).num_val, split_seed=config.split_seed)
     return {
-        "train": InMemoryImages(images[train], labels[train], config, augment_seed=seed),
-        "val": InMemoryImages(images[val], labels[val], config, augment_seed=None),
-        "test": InMemoryImages(test_images, test_labels, config, augment_seed=None),
+        "train": InMemoryImages(images[train], labels[train], config, augment_seed=seed, image_augment=image_augment),
+        "val": InMemoryImages(images[val], labels[val], config),
+        "test": InMemoryImages(test_images, test_labels, config),
     }
 
 
