@@ -13,7 +13,9 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train one run, or with -m every point of a sweep",
-    "evaluate": "test a run again",
+    "evaluate": "test a run again, or on any folder of images",
+    "predict": "the five likeliest classes of an image",
+    "export": "torch.export, ONNX or safetensors, checked",
     "report": "table and figure from records",
 }
 

@@ -34,6 +34,7 @@ from eit_lab.config import (
     RunConfig,
     TrainerConfig,
 )
+from eit_lab.finetune import follow_checkpoint
 from eit_lab.loading import defaults, load, load_model, nearest, unknown_key
 from eit_lab.published import GLOBAL_BATCH
 
@@ -172,6 +173,7 @@ class _Space:
         try:
             for override in _parse(values):
                 OmegaConf.update(job, override.key_or_group, override.value(), merge=True)
+            follow_checkpoint(job, [override.key_or_group for override in _parse(combination)])
             plain = OmegaConf.to_container(job, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, values, self._config_name)) from None
@@ -218,7 +220,11 @@ def _compose(
         composed = compose(config_name, overrides=[*overrides, *search], return_hydra_config=True)
         hydra_node = OmegaConf.to_container(OmegaConf.create({k: composed.hydra[k] for k in ("launcher", "sweeper")}))
         job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        if resolve:
+            follow_checkpoint(job, [override.key_or_group for override in _parse(overrides)])
         plain = OmegaConf.to_container(job, resolve=resolve)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides, config_name)) from None
     assert isinstance(plain, dict)

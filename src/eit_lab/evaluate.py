@@ -1,25 +1,43 @@
-"""Test a finished run again: ``python -m eit_lab.evaluate run=FOLDER``. The same number must come back."""
+"""Test trained weights: a run's own number again, to the last digit, or any folder of images.
+
+``python -m eit_lab.evaluate run=FOLDER``; with ``data=FOLDER``, see data/variants.py for what is recognised.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eit_lab import command
 
-_HELP = """\
-Test the weights of a run folder again, on its own test set, and compare with its record.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-  python -m eit_lab.evaluate run=FOLDER [checkpoint=best|last] [part=test|val] [data.root=PATH] [trainer.devices=N] ...
+    from eit_lab.data.variants import Variant
+    from eit_lab.trained import Trained, Words
+
+_HELP = """\
+Test trained weights: a run on its own test set, compared with its record, or on any folder of images.
+
+  python -m eit_lab.evaluate run=FOLDER [weights=raw|ema] [checkpoint=...] [part=test|val] [data.root=PATH] ...
+  python -m eit_lab.evaluate run=FOLDER data=IMAGES [labels=real|FILE.json] ...
+  python -m eit_lab.evaluate checkpoint=FILE model=eit_base data=IMAGES ...
 
   run         folder of a run (python -m eit_lab.train prints it)
-  checkpoint  best: best validation accuracy; last: the end of training          [recipe.select of the run]
-  part        test, or val: the held-out slice of train                          [test]
-  data.*, trainer.*   where the data lies and what to run on, as in train
+  checkpoint  best: best validation accuracy; last: the end of training; epoch-0007; a file;     [recipe.select of the run]
+              epochs: all epochs that were kept; a,b,c: the mean of their weights, in float64
+  model       name of a model, for a file that belongs to no run (the authors', timm's)
+  weights     raw, or ema: the averaged ones                                [raw; both where the record has both]
+  part        test, or val: the held-out slice of train                                                          [test]
+  data        folder of images, known by its layout: one folder a class (the run's class names, WordNet ids, or
+              numbers), ImageNet-V2, -A, -R, -Sketch, -C; some of the classes only restrict the answers to these
+  labels      real: the ReaL labels of ImageNet's validation set; or a JSON file of lists of classes
+  data.*, trainer.*   data.img_size=N: at another resolution; where the data lies, what to run on, as in train
 """
-_CHOICES = {"checkpoint": ("best", "last"), "part": ("test", "val")}
+_OPTIONS: dict[str, Sequence[str] | None] = {"part": ("test", "val"), "data": None, "labels": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,85 +49,160 @@ def _main(argv: list[str]) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         print(_HELP)
         return 0
-    options, overrides = _take_options(argv)
-    config = _load_run(Path(options["run"]), overrides)
+    from eit_lab.config import ConfigError
+    from eit_lab.processes import count_ranks, die_with_supervisor, run_ranks, started_by_launcher, typed_command
+    from eit_lab.trained import find, take_apart
 
+    argv = typed_command(argv)
+    words = take_apart(argv, command="evaluate", options=_OPTIONS)
+    trained = find(words, command="evaluate")
+    if _is_own_layout(trained, words):
+        words = words.without("data", f"data.root={words.options['data']}")
+        trained = find(words, command="evaluate")
+    if "part" in words.options and ("data" in words.options or "labels" in words.options):
+        raise ConfigError("part is of the run's own data, got part with data or labels; leave it out")
+    variant = _variant(trained, words)
+    if not started_by_launcher() and (count := count_ranks(trained.config)) > 1:
+        return run_ranks("eit_lab.evaluate", "", count=count, command=argv)
+    die_with_supervisor()
+    return _on_own_data(trained, words) if variant is None else _on_variant(trained, variant)
+
+
+def _is_own_layout(trained: Trained, words: Words) -> bool:
+    """Whether data=FOLDER has train/ and val/ with the run's own classes: that is data.root=FOLDER."""
+    from eit_lab.config import ImageNetData
+
+    if "data" not in words.options or "labels" in words.options or not isinstance(trained.config.data, ImageNetData):
+        return False
+    root = Path(words.options["data"]).expanduser()
+    if trained.run is None or not ((root / "train").is_dir() and (root / "val").is_dir()):
+        return False
+    return trained.class_names == tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
+
+
+def _variant(trained: Trained, words: Words) -> Variant | None:
+    """The folder of images that is meant, or None: the run's own data."""
+    from eit_lab.config import ConfigError, ImageNetData
+    from eit_lab.data.variants import recognise
+
+    folder, labels = words.options.get("data"), words.options.get("labels")
+    if folder is None and labels is None:
+        if trained.run is None:
+            raise ConfigError(
+                "data must be given with a file of weights: evaluate checkpoint=FILE model=NAME data=FOLDER"
+            )
+        return None
+    if folder is None:
+        folder = trained.config.data.root if isinstance(trained.config.data, ImageNetData) else None
+        if folder is None:
+            raise ConfigError(f"data must name the folder of the images with labels={labels}")
+    return recognise(folder, num_classes=_num_classes(trained), class_names=trained.class_names, labels=labels)
+
+
+def _num_classes(trained: Trained) -> int:
+    if trained.num_classes is not None:
+        return trained.num_classes
+    from eit_lab.models.checkpoints import count_classes
+
+    return count_classes(trained.files)
+
+
+# ---------------------------------------------------------------------------------------------------------- its own data
+
+
+def _on_own_data(trained: Trained, words: Words) -> int:
     from eit_lab.data.catalog import describe
+    from eit_lab.models.checkpoints import Weights
     from eit_lab.runs import is_main_process, read_record
     from eit_lab.training.evaluate import evaluate
 
-    folder, part, checkpoint = Path(options["run"]), options["part"], options.get("checkpoint", config.recipe.select)
-    weights = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not weights.is_file():
-        from eit_lab.config import ConfigError
-
-        raise ConfigError(f"run: {folder} has no {weights.name} in checkpoints/; has it trained for an epoch?")
-    result = evaluate(config, describe(config.data), weights, part=part)
+    assert trained.run is not None
+    part = words.options.get("part", "test")
+    record = (read_record(trained.run) or {}).get("result") if part == "test" and trained.as_recorded else None
+    weights: tuple[Weights, ...] = (trained.weights,)
+    if "weights" not in words.options and f"{part}/acc1_ema" in (record or {}):
+        weights = ("raw", "ema")
+    facts = describe(trained.config.data)
+    result = evaluate(trained.config, trained.files, num_classes=facts.num_classes, part=part, weights=weights)
     if not is_main_process():
         return 0
     print("  ".join(f"{name} {value:.6g}" for name, value in result.items()))
-    record = read_record(folder)
-    known = (record or {}).get("result") if (part, checkpoint) == ("test", config.recipe.select) else None
-    if known is None:
+    known = {name: value for name, value in (record or {}).items() if name in result}
+    if not known:
         return 0
-    same = all(known[name] == value for name, value in result.items())
-    if same:
+    if known == result:
         print("the same as on record, to the last digit")
         return 0
     print("on record: " + "  ".join(f"{name} {value:.6g}" for name, value in known.items()))
-    return 0 if known["test/acc1"] == result["test/acc1"] else command.EXIT_FAILED
+    same_accuracy = all(known[name] == result[name] for name in known if "/acc1" in name)
+    return 0 if same_accuracy else command.EXIT_FAILED
 
 
-def _take_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    from eit_lab.config import ConfigError
-    from eit_lab.loading import nearest
-
-    options = {"part": "test"}
-    overrides = []
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"evaluate takes key=value, got {word!r}")
-        if key == "run" or key in _CHOICES:
-            options[key] = value
-        elif key.partition(".")[0] in ("data", "trainer"):
-            overrides.append(word)
-        else:
-            valid = ("run", "checkpoint", "part", "data.root", "trainer.devices")
-            raise ConfigError(
-                f"{key} must be one of run, checkpoint, part, data.*, trainer.*, got {value!r}{nearest(key, valid)}"
-            )
-    for key, choices in _CHOICES.items():
-        if options.get(key, choices[0]) not in choices:
-            raise ConfigError(
-                f"{key} must be one of {', '.join(choices)}, got {options[key]!r}{nearest(options[key], choices)}"
-            )
-    if "run" not in options:
-        raise ConfigError("run must be given: evaluate run=FOLDER")
-    return options, overrides
+# ------------------------------------------------------------------------------------------------------ a folder of images
 
 
-def _load_run(folder: Path, overrides: list[str]) -> Any:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def _on_variant(trained: Trained, variant: Variant) -> int:
+    from eit_lab.runs import is_main_process
+    from eit_lab.training.evaluate import evaluate_variant
 
-    from eit_lab.config import ConfigError
-    from eit_lab.loading import load, unknown_key
+    num_classes = _num_classes(trained)
+    if is_main_process():
+        print(f"model  {trained.describe()}")
+        print(f"data   {_what(variant, num_classes)}")
+        for note in variant.notes:
+            print(f"       {note}")
+        sys.stdout.flush()
+    counts = evaluate_variant(trained.config, trained.files, variant, num_classes=num_classes, weights=trained.weights)
+    if is_main_process():
+        if len(variant.groups) > 1:
+            print("\n".join(_corruption_table(variant.groups, counts)))
+        print(_accuracies(counts.sum(axis=0)))
+    return 0
 
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"run must be the folder of a run (with config.yaml), got {str(folder)!r}")
-    config = OmegaConf.load(folder / "config.yaml")
-    OmegaConf.set_struct(config, True)
-    for word in overrides:
-        key, _, value = word.partition("=")
-        try:
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x, merge=True)
-        except OmegaConfBaseException:
-            parent = OmegaConf.select(config, key.rpartition(".")[0])
-            raise ConfigError(unknown_key(key, value, list(parent) if parent else [])) from None
-    plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
-    return load({str(key): value for key, value in plain.items()})
+
+def _what(variant: Variant, num_classes: int) -> str:
+    images = f"{len(variant.files):,} images"
+    if len(variant.groups) > 1:
+        corruptions = {corruption for corruption, _ in variant.groups}
+        images += f", {len(corruptions)} corruptions"
+    if variant.mapped == "file name":
+        return f"{variant.title}: {images}"
+    if variant.classes is None:
+        return f"{variant.title}: {images} in all {num_classes} classes, by {variant.mapped}"
+    here = len(variant.classes)
+    return f"{variant.title}: {images} in {here} classes, by {variant.mapped}; answers restricted to these {here} of {num_classes}"
+
+
+def _accuracies(counts: NDArray[Any]) -> str:
+    images, top1, top5 = (int(count) for count in counts)
+    parts = []
+    for name, right in (("top-1", top1), ("top-5", top5)):
+        share = right / images
+        parts.append(f"{name} {100 * share:.2f}% (+-{100 * math.sqrt(share * (1 - share) / images):.2f} binomial)")
+    return f"{', '.join(parts)}, {images:,} images"
+
+
+def _corruption_table(groups: Sequence[tuple[str, str]], counts: NDArray[Any]) -> Iterator[str]:
+    """Top-1 in percent: a row a corruption, a column a severity; the means are of the columns, then of the rows."""
+    from eit_lab.data.variants import CORRUPTIONS
+
+    share = {group: 100 * int(row[1]) / int(row[0]) for group, row in zip(groups, counts, strict=True) if row[0]}
+    rows = list(dict.fromkeys(corruption for corruption, _ in groups))
+    severities = sorted({severity for _, severity in groups})
+    width = max(len(row) for row in (*rows, "corruption"))
+    yield f"{'corruption':<{width}}" + "".join(f"{severity:>7}" for severity in severities) + f"{'mean':>7}"
+    means = {}
+    for row in rows:
+        there = [share[row, severity] for severity in severities if (row, severity) in share]
+        if not there:
+            continue
+        means[row] = sum(there) / len(there)
+        cells = [f"{share[row, s]:7.2f}" if (row, s) in share else f"{'-':>7}" for s in severities]
+        yield f"{row:<{width}}{''.join(cells)}{means[row]:7.2f}"
+    published = [means[row] for row in CORRUPTIONS if row in means]
+    yield f"mean over {len(means)} corruptions: top-1 {sum(means.values()) / len(means):.2f}%"
+    if len(published) == len(CORRUPTIONS) < len(means):
+        yield f"mean over the {len(published)} of ImageNet-C: top-1 {sum(published) / len(published):.2f}%"
 
 
 if __name__ == "__main__":
