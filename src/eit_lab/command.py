@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_PREEMPTED = os.EX_TEMPFAIL
+"""75, "temporary failure, try again": a run that was asked to stop, saved its state, and can go on."""
+
+
+class RunError(RuntimeError):
+    """What stops a run that was rightly asked for: a full disk, lost data, a loss that is not finite. One line."""
+
+
+class StoppedError(Exception):
+    """Training stopped as a signal asked, its state saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signum} after step {step}, state saved")
+        self.signum, self.step = signum, step
 
 
 def run(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
@@ -18,6 +33,12 @@ def run(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     except ConfigError as error:
         print(f"eit_lab: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except RunError as error:
+        print(f"eit_lab: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except StoppedError as error:
+        print(f"eit_lab: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED if error.signum == signal.SIGINT else EXIT_PREEMPTED
     except KeyboardInterrupt:
         print("eit_lab: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

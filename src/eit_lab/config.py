@@ -7,6 +7,7 @@ objects (loading.py) or says in one line what is wrong. Nothing here imports tor
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -227,6 +228,11 @@ DataConfig: TypeAlias = DigitsData | TorchvisionData | SyntheticData | ImageNetD
 
 # ------------------------------------------------------------------------------------------ recipe, trainer, logger, run
 
+# magnitude m, its noise mstd and its bound mmax; number n and probability p of the operations, and their set: inc, t.
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|mstd\d+(\.\d+)?|mmax\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|inc[01]|t(weights|3a|3aw)))*"
+)
+
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class RecipeConfig:
@@ -258,7 +264,9 @@ class RecipeConfig:
     mixup_prob: Share = _opt(1.0, "probability that a group of images is mixed at all")
     mixup_switch_prob: Share = _opt(0.5, "probability of CutMix rather than mixup, where both are on")
     mixup_group: PosInt = _opt(128, "images that share one draw of mixup or CutMix; even")
-    repeated_augment: PosInt = _opt(1, "times each chosen image comes in one batch, augmented anew; steps stay the same")
+    repeated_augment: PosInt = _opt(
+        1, "times each chosen image comes in one batch, augmented anew; steps stay the same"
+    )
     ema_decay: BelowOne | None = _opt(None, "decay per step of the averaged weights (EMA); null: none are kept")
     skip_nonfinite: NonNegInt = _opt(0, "steps with a loss or gradient that is not finite to skip before the run stops")
     select: Literal["best", "last"] = _opt(
@@ -269,6 +277,11 @@ class RecipeConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"recipe.rand_augment must be RandAugment in timm's notation, got {self.rand_augment!r}; "
+                "nearest: rand-m9-mstd0.5-inc1"
+            )
         if self.mixup_group % 2:
             raise ValueError(
                 f"recipe.mixup_group must be even, since images are mixed in pairs, got {self.mixup_group}; "
@@ -407,7 +420,9 @@ def micro_batches(config: Config, *, world_size: int) -> tuple[int, int]:
         accumulate = 1
         while limit is not None and share // accumulate > limit:
             if share // accumulate == pair:
-                raise ConfigError(f"trainer.micro_batch_size must be at least {pair} with mixing, got {limit}; nearest: {pair}")
+                raise ConfigError(
+                    f"trainer.micro_batch_size must be at least {pair} with mixing, got {limit}; nearest: {pair}"
+                )
             accumulate = next(n for n in range(accumulate + 1, share + 1) if share % (n * pair) == 0)
     return share // accumulate, accumulate
 

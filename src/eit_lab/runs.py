@@ -47,12 +47,24 @@ PLACEMENT = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.micro_batch_size",
+    "trainer.accumulate_grad_batches",
+    "trainer.eval_batch_size",
     "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_minutes",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.keep_epochs",
+    "trainer.record_samples",
+    "trainer.process_timeout_minutes",
+    "trainer.peak_tflops",
     "trainer.profiler",
     "trainer.progress_bar",
+    "checkpoint",  # its content counts, not its path
 )
 # Rooms whose code can change a result; reports, launchers and entry points cannot.
-_RESULT_ROOMS = ("config.py", "loading.py", "schedule.py", "learning_rate.py", "models", "data", "training")
+_RESULT_ROOMS = (
+    "config.py", "loading.py", "schedule.py", "learning_rate.py", "plan.py", "models", "data", "training",
+)  # fmt: skip
 _PACKAGES = (
     "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scikit-learn", "wandb",
 )  # fmt: skip
@@ -142,6 +154,15 @@ class Run:
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
+    def previous_checkpoint(self) -> Path:
+        """The one before it, for when the newest is damaged."""
+        return self.folder / "checkpoints" / "previous.ckpt"
+
+    def resume_candidates(self) -> tuple[Path, Path]:
+        """Where a state to go on from may be, the newest first."""
+        return self.last_checkpoint, self.previous_checkpoint
+
+    @property
     def best_checkpoint(self) -> Path:
         """Where the weights with the best validation accuracy are kept."""
         return self.folder / "checkpoints" / "best.ckpt"
@@ -155,11 +176,11 @@ def claim(config: Config, facts: DataFacts) -> Run:
     """
     run_id = identity(config, facts)
     folder = Path(config.run.root) / run_name(config, run_id)
-    if not is_main_process():
+    if not is_main_process():  # rank 0 claims; what it found is told to all ranks once they are connected
         record = read_record(folder)
         if record is not None and record["status"] == "finished" and not config.run.overwrite:
             return Run(folder, run_id, "finished")
-        return Run(folder, run_id, "resume" if (folder / "checkpoints" / "last.ckpt").exists() else "new")
+        return Run(folder, run_id, "new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -183,8 +204,10 @@ def claim(config: Config, facts: DataFacts) -> Run:
         lock.close()
         folder.mkdir()
         return Run(folder, run_id, "new", _hold(folder))
-    state: Literal["new", "resume"] = "resume" if (folder / "checkpoints" / "last.ckpt").exists() else "new"
-    return Run(folder, run_id, state, lock)
+    run = Run(folder, run_id, "new", lock)
+    if any(path.exists() for path in run.resume_candidates()):
+        run.state = "resume"
+    return run
 
 
 def _unwritable(config: Config, error: OSError) -> ConfigError:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted."""
+    """The command; returns its exit status: 0 done, 1 a run failed, 2 wrong input, 75 asked to stop (state saved), 130 interrupted."""
     return command.run(_main, argv)
 
 
@@ -62,38 +62,94 @@ def _read_frozen(argv: list[str]) -> Config:
 
 
 def _run(config: Config, argv: list[str], *, announce: Path | None = None) -> int:
+    from eit_lab.processes import count_ranks, die_with_supervisor, started_by_launcher
+    from eit_lab.signals import STOP
+
+    launched = started_by_launcher()
+    if not launched and config.run.show is None and (count := count_ranks(config)) > 1:
+        return _supervise(config, argv, count, announce)
+    STOP.install()
+    try:
+        die_with_supervisor()
+        return _run_here(config, argv, announce)
+    finally:
+        STOP.uninstall()
+
+
+def _supervise(config: Config, argv: list[str], count: int, announce: Path | None) -> int:
+    """Start the ranks of this machine, once everything that can be told without them is known to be good."""
+    from omegaconf import OmegaConf
+
+    from eit_lab.config import ConfigError
     from eit_lab.data.prepare import prepare
-    from eit_lab.runs import claim, is_main_process, write_text
+    from eit_lab.loading import dump
+    from eit_lab.plan import plan
+    from eit_lab.processes import run_ranks
+    from eit_lab.runs import identity, run_name
+
+    if config.trainer.num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes must be 1 unless torchrun or Slurm starts the processes, got {config.trainer.num_nodes}; "
+            "nearest: 1"
+        )
+    facts = prepare(config)
+    plan(config, facts, world_size=count)
+    run_id = identity(config, facts)
+    if announce is not None:
+        _announce(announce, run_id, Path(config.run.root) / run_name(config, run_id))
+    return run_ranks("eit_lab.train", OmegaConf.to_yaml(OmegaConf.create(dump(config))), count=count, command=argv)
+
+
+def _announce(path: Path, run_id: str, folder: Path) -> None:
+    from eit_lab.runs import write_text
+
+    write_text(path, json.dumps({"identity": run_id, "folder": str(folder)}))
+
+
+def _run_here(config: Config, argv: list[str], announce: Path | None) -> int:
+    from eit_lab.data.prepare import prepare
+    from eit_lab.runs import claim, is_main_process
 
     facts = prepare(config)
+    if config.run.show is not None:
+        from eit_lab.show import show
+
+        return show(config, facts)
     with claim(config, facts) as run:
         if announce is not None and is_main_process():
-            write_text(announce, json.dumps({"identity": run.run_id, "folder": str(run.folder)}))
+            _announce(announce, run.run_id, run.folder)
         return _report_finished(run) if run.state == "finished" else _fit(config, facts, run, argv)
 
 
 def _report_finished(run: Run) -> int:
-    from eit_lab.runs import read_record
+    from eit_lab.runs import is_main_process, read_record
 
     record = read_record(run.folder)
     assert record is not None
+    if not is_main_process():
+        return 0
     accuracy = 100 * record["result"]["test/acc1"]
     print(f"finished already: test top-1 {accuracy:.2f}%, folder {run.folder}\nrun.overwrite=true starts anew")
     return 0
 
 
 def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
+    from eit_lab.processes import typed_command
     from eit_lab.runs import is_main_process
-    from eit_lab.training.fit import closing_line, fit, stop_line
+    from eit_lab.training.fit import fit
+    from eit_lab.training.summary import closing_line, stop_line
 
+    command_line = typed_command(argv)
     try:
-        record = fit(config, facts, run, argv)
+        record = fit(config, facts, run, command_line)
     except BaseException:
         if is_main_process():
-            print(stop_line(run, argv), file=sys.stderr, flush=True)
+            print(stop_line(run, command_line), file=sys.stderr, flush=True)
         raise
     if is_main_process():
         print(closing_line(record, run), flush=True)
+        if record["sync"]:
+            print(record["sync"], flush=True)
     return 0
 
 

@@ -1,108 +1,98 @@
-"""What is watched while a run trains: the metrics file, the speed, the record, the progress bar."""
+"""What is watched while a run trains: the clock, the numbers of each step, the record, the samples, the progress bar."""
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eit_lab.runs import write_record, write_text
+from eit_lab import published
+from eit_lab.plan import Plan
+from eit_lab.runs import write_record
+from eit_lab.training.module import Classifier
+from eit_lab.training.ranks import Ranks
 
-_FLUSH_S = 10.0
 _WARMUP_STEPS = 3  # not timed: allocation, first touches, compilation
 
-
-class MetricsFile(Logger):
-    """metrics.csv, one row a logged step; a resumed run keeps the rows of its first part.
-
-    Lightning's CSVLogger deletes an existing file when it starts on it, which a run that resumes must not.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self._rows: list[dict[str, str]] = []
-        self._written_at = time.monotonic()
-        if path.is_file():
-            with path.open(newline="") as handle:
-                self._rows = list(csv.DictReader(handle))
-
-    @property
-    def name(self) -> str:
-        """Lightning's name of this logger."""
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        """One file, so one version."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved config lies beside the file."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add values at a step; values of the same step share a row."""
-        values = {name: repr(float(value)) if name != "epoch" else str(int(value)) for name, value in metrics.items()}
-        step = 0 if step is None else step
-        while self._rows and int(self._rows[-1]["step"]) > step:  # of steps that are redone after a resume
-            self._rows.pop()
-        if not self._rows or int(self._rows[-1]["step"]) != step:
-            self._rows.append({"step": str(step)})
-        self._rows[-1].update(values)
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Write the file whole, but not more than once in some seconds: Lightning calls this at every logged step."""
-        if time.monotonic() - self._written_at > _FLUSH_S:
-            self._write()
-
-    @rank_zero_only
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """A run that resumes from this checkpoint must find the rows up to it."""
-        self._write()
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is there, however the run ended."""
-        if self._rows:
-            self._write()
-
-    def _write(self) -> None:
-        names = sorted({name for row in self._rows for name in row} - {"step", "epoch"})
-        lines = [",".join(["step", "epoch", *names])]
-        lines += [",".join(row.get(name, "") for name in ("step", "epoch", *names)) for row in self._rows]
-        write_text(self.path, "\n".join(lines) + "\n")
-        self._written_at = time.monotonic()
+# Dense peak of half precision with float32 accumulation, in 1e12 floating-point operations per second, from the makers' data
+# sheets; the first name that the device's own contains.
+_PEAK_TFLOPS = (
+    ("B200", 2250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0),
+    ("A40", 149.7), ("A10", 125.0), ("L4", 121.0), ("V100", 125.0), ("T4", 65.0), ("RTX 4090", 165.2), ("RTX 3090", 71.0),
+)  # fmt: skip
 
 
-class Speed(Callback):
-    """Training images per second, validation and the first steps left out."""
+def peak_flops(device_name: str, given_tflops: float | None) -> float | None:
+    """Peak floating-point operations per second of one device; None where nobody said and the name is not known."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    return next((1e12 * tflops for name, tflops in _PEAK_TFLOPS if name in device_name), None)
 
-    def __init__(self, *, global_batch: int) -> None:
-        self.images_per_step = global_batch
+
+def progress_of(trainer: Trainer, plan: Plan) -> dict[str, int]:
+    """Where a run is: what every row of metrics carries."""
+    return {"epoch": trainer.current_epoch, "images": trainer.global_step * plan.batch_size}
+
+
+class Clock(Callback):
+    """Time spent on training, validation and checkpoints left out; it goes on where it was when a run resumes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.seconds = 0.0
+        """Of timed steps, over the whole run."""
         self.steps = 0
+        self.device_hours = 0.0
+        """Of everything between start and end of training, on all devices."""
+        self.restarts = 0
         self._last: float | None = None
         self._last_step = 0
+        self._first_step = 0
+        self._began = 0.0
 
     @property
     def img_per_s(self) -> float | None:
-        """Images per second over all devices; None before enough steps have run."""
-        return self.steps * self.images_per_step / self.seconds if self.steps else None
+        """Training images per second over all devices; None before enough steps have run."""
+        return self.steps * self.plan.batch_size / self.seconds if self.steps else None
+
+    def seconds_left(self, step: int) -> float | None:
+        """Seconds of training left after a step, at the mean speed of the whole run."""
+        return (self.plan.total_steps - step) * self.seconds / self.steps if self.steps else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock so far."""
+        self._charge()
+        return {key: getattr(self, key) for key in ("seconds", "steps", "device_hours", "restarts")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's clock."""
+        for key, value in state_dict.items():
+            setattr(self, key, value)
+        self.restarts += 1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start."""
+        self._began, self._first_step = time.monotonic(), trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop."""
+        self._charge()
+
+    def _charge(self) -> None:
+        if self._began:
+            now = time.monotonic()
+            self.device_hours += (now - self._began) * self.plan.world_size / 3600
+            self._began = now
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; what lies between two epochs does not count."""
+        """What lies between two epochs does not count."""
         self._last, self._last_step = None, trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -110,7 +100,7 @@ class Speed(Callback):
         if trainer.global_step == self._last_step:
             return
         now = time.perf_counter()
-        if self._last is not None and trainer.global_step > _WARMUP_STEPS:
+        if self._last is not None and trainer.global_step - self._first_step > _WARMUP_STEPS:
             self.seconds += now - self._last
             self.steps += 1
         self._last, self._last_step = now, trainer.global_step
@@ -120,11 +110,54 @@ class Speed(Callback):
         self._last = None
 
 
-class RecordKeeper(Callback):
-    """Keeps record.json up to date while the run goes on: progress, best validation accuracy, speed."""
+class StepLog(Callback):
+    """The numbers of every n-th optimizer step, to every logger."""
 
-    def __init__(self, folder: Path, record: dict[str, Any], speed: Speed) -> None:
-        self.folder, self.record, self.speed = folder, record, speed
+    def __init__(self, plan: Plan, clock: Clock, *, every: int, flops_per_image: float, peak: float | None) -> None:
+        self.plan, self.clock, self.every = plan, clock, every
+        self.flops_per_image, self.peak = flops_per_image, peak
+        """Of training one image; of all devices together."""
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where the run is."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Log the step that has just ended."""
+        step = trainer.global_step
+        if step == self._step:
+            return
+        self._step = step
+        assert isinstance(pl_module, Classifier)
+        facts = pl_module.last_step
+        if facts is None or (step % self.every and step != self.plan.total_steps):
+            return
+        row: dict[str, float] = {
+            "train/loss": facts.loss,
+            "optim/lr": facts.lr,
+            "optim/grad_norm": facts.grad_norm,
+            **progress_of(trainer, self.plan),
+        }
+        if speed := self.clock.img_per_s:
+            row["perf/img_per_s"] = speed
+            if self.peak is not None:
+                row["perf/mfu"] = speed * self.flops_per_image / self.peak
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+            logger.save()
+
+
+class RecordKeeper(Callback):
+    """Keeps record.json up to date while the run goes on: progress, best validation accuracy, speed; logs validations."""
+
+    def __init__(
+        self, folder: Path, record: dict[str, Any], clock: Clock, plan: Plan, *, reference: str | None = None
+    ) -> None:
+        self.folder, self.record, self.clock, self.plan = folder, record, clock, plan
+        self.reference = published.curve(reference) if reference else ()
+        self.improved = False
+        """Whether the validation since the last checkpoint was the best so far."""
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far goes into the checkpoint, and so survives a restart."""
@@ -135,37 +168,86 @@ class RecordKeeper(Callback):
         self.record["best"] = state_dict["best"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch's validation accuracy."""
-        if trainer.sanity_checking:
+        """Note and log the epoch's validation."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        # A validation that a restart has to do again runs when Lightning has counted its epoch already.
+        now = {"epoch": (trainer.global_step - 1) // self.plan.steps_per_epoch, "step": trainer.global_step}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if now["epoch"] < len(self.reference):
+            metrics["published/acc1"] = self.reference[now["epoch"]].test_acc1
+            metrics["published/gap"] = metrics["val/acc1"] - metrics["published/acc1"]
         best = self.record.get("best")
         if best is None or metrics["val/acc1"] > best["val/acc1"]:
             self.record["best"] = {**now, **metrics}
+            self.improved = True
         self.record["progress"] = {
             **now,
             "epochs": trainer.max_epochs,
-            "steps": int(trainer.estimated_stepping_batches),
+            "steps": self.plan.total_steps,
+            "images": trainer.global_step * self.plan.batch_size,
             **metrics,
         }
-        self.record["img_per_s"] = self.speed.img_per_s
+        self.note_clock()
+        for logger in trainer.loggers:
+            row = {**metrics, "epoch": now["epoch"], "images": trainer.global_step * self.plan.batch_size}
+            logger.log_metrics(row, step=trainer.global_step)
         if trainer.is_global_zero:
             write_record(self.folder, self.record)
+
+    def note_clock(self) -> None:
+        """Speed and cost so far."""
+        self.record["img_per_s"] = self.clock.img_per_s
+        self.record["device_hours"] = self.clock.state_dict()["device_hours"]
+        self.record["restarts"] = self.clock.restarts
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run that resumes from this state must find the rows of metrics up to it."""
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(cast(Any, None))
+
+
+class SampleLog(Callback):
+    """samples/rank0.csv, ...: the ids of every optimizer step's samples, for proofs and for hunting bad images."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.path = folder / "samples" / f"rank{ranks.rank}.csv"
+        self._ids: list[torch.Tensor] = []
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut off the steps that are done again after a restart."""
+        self._step = trainer.global_step
+        self.path.parent.mkdir(exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.count(",") and int(line.partition(",")[0]) <= self._step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Collect the micro-batches of a step."""
+        self._ids.append(batch.index)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """One line a step."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        ids = torch.cat(self._ids).tolist()
+        self._ids.clear()
+        with self.path.open("a") as handle:
+            handle.write(f"{self._step},{' '.join(map(str, ids))}\n")
 
 
 class ProgressLine(Callback):
     """One bar over the whole training with the time left; off a terminal, one line at each validation."""
 
-    def __init__(self, speed: Speed) -> None:
-        self.speed = speed
+    def __init__(self, clock: Clock, plan: Plan, records: RecordKeeper) -> None:
+        self.clock, self.plan, self.records = clock, plan, records
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._started = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the bar up."""
-        self._started, self._start_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("training"),
@@ -178,32 +260,37 @@ class ProgressLine(Callback):
                 TextColumn("{task.fields[note]}"),
                 console=self.console,
             )
-            total = int(trainer.estimated_stepping_batches)
-            self._task = self._bar.add_task("", total=total, completed=trainer.global_step, note="")
+            self._task = self._bar.add_task("", total=self.plan.total_steps, completed=trainer.global_step, note="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=trainer.global_step, note=self._note(trainer))
+            self._bar.update(self._task, completed=trainer.global_step, note=self._note(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Off a terminal, one line."""
         if trainer.sanity_checking or self._bar is not None or not trainer.is_global_zero:
             return
-        total, done = int(trainer.estimated_stepping_batches), trainer.global_step
-        per_step = (time.monotonic() - self._started) / max(1, done - self._start_step)
-        left = time.strftime("%H:%M:%S", time.gmtime((total - done) * per_step))
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        done = trainer.global_step
+        seconds = self.clock.seconds_left(done)
+        left = "?" if seconds is None else duration(seconds)
         print(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {done}/{total}  {self._note(trainer)}  left {left}"
+            f"epoch {(done - 1) // self.plan.steps_per_epoch + 1}/{trainer.max_epochs}  step {done}/{self.plan.total_steps}  "
+            f"{self._note(trainer, pl_module)}  left {left}"
         )
         sys.stdout.flush()
 
-    def _note(self, trainer: Trainer) -> str:
-        metrics = trainer.callback_metrics
-        parts = [f"loss {metrics['train/loss']:.4f}"] if "train/loss" in metrics else []
-        parts += [f"val acc1 {100 * float(metrics['val/acc1']):.2f}%"] if "val/acc1" in metrics else []
-        parts += [f"{self.speed.img_per_s:,.0f} img/s"] if self.speed.img_per_s else []
+    def _note(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        assert isinstance(pl_module, Classifier)
+        metrics = self.records.record.get("progress") or {}
+        parts = [f"loss {pl_module.last_step.loss:.4f}"] if pl_module.last_step is not None else []
+        parts += [f"val acc1 {100 * metrics['val/acc1']:.2f}%"] if "val/acc1" in metrics else []
+        parts += [f"(ema {100 * metrics['val/acc1_ema']:.2f}%)"] if "val/acc1_ema" in metrics else []
+        parts += [f"published {100 * metrics['published/acc1']:.2f}%"] if "published/acc1" in metrics else []
+        parts += [f"{self.clock.img_per_s:,.0f} img/s"] if self.clock.img_per_s else []
         return "  ".join(parts)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -211,3 +298,10 @@ class ProgressLine(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds; days where there are any."""
+    days, rest = divmod(round(seconds), 86_400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock

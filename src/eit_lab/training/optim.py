@@ -1,11 +1,11 @@
-"""AdamW with decay only where it belongs, and the learning rate of every step.
+"""AdamW with decay only where it belongs, and learning rates that fall from block to block for fine-tuning.
 
-Source: arXiv:2012.12877 (DeiT) for which parameters decay; the schedule is linear warm-up, then one cosine.
+Sources: arXiv:2012.12877 (DeiT) for which parameters decay; arXiv:2106.08254 (BEiT) for layer-wise learning-rate decay.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 
@@ -13,31 +13,40 @@ from eit_lab.config import RecipeConfig
 from eit_lab.models.backbone import Backbone
 
 
-def parameter_groups(model: Backbone, *, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices and convolution kernels decay; biases, norms, CLS token and position embedding do not."""
+def parameter_groups(
+    model: Backbone, *, weight_decay: float, lr: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups by (learning rate, decay or not), in the model's own order.
+
+    Matrices and convolution kernels decay; biases, norms, CLS token and position embedding do not. With ``layer_decay`` d
+    the head and the last norm learn at lr, block l of L at lr d^(L - l), stem, CLS token and position embedding at lr d^(L + 1).
+    """
     spared = model.no_weight_decay()
-    decay: list[torch.nn.Parameter] = []
-    no_decay: list[torch.nn.Parameter] = []
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        (no_decay if parameter.ndim <= 1 or name in spared else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        below = _blocks_above(name, depth=len(model.blocks)) if layer_decay != 1 else 0
+        decays = parameter.ndim > 1 and name not in spared
+        group = groups.setdefault(
+            (below, decays),
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr": lr * layer_decay**below},
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
+
+
+def _blocks_above(name: str, *, depth: int) -> int:
+    """How many times the layer decay applies to a parameter."""
+    if name.startswith("blocks."):
+        return depth - int(name.split(".")[1])
+    return 0 if name.startswith(("norm.", "head.")) else depth + 1
 
 
 def build_optimizer(model: Backbone, recipe: RecipeConfig, *, fused: bool = True) -> torch.optim.AdamW:
     """AdamW at the recipe's peak learning rate, one fused kernel a step where there is one."""
     return torch.optim.AdamW(
-        parameter_groups(model, weight_decay=recipe.weight_decay),
+        parameter_groups(model, weight_decay=recipe.weight_decay, lr=recipe.lr, layer_decay=recipe.layer_decay),
         lr=recipe.lr,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
         fused=fused and next(model.parameters()).device.type in ("cpu", "cuda"),
     )
-
-
-def learning_rate(step: int, recipe: RecipeConfig, *, steps_per_epoch: float, total_steps: int) -> float:
-    """Learning rate of an optimizer step (0-based): warmup_lr -> lr linearly, then lr -> min_lr along a cosine."""
-    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total_steps)
-    if step < warmup:
-        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * progress))

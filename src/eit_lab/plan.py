@@ -1,0 +1,52 @@
+"""How a run is cut: epochs into optimizer steps, steps into micro-batches of each device. Arithmetic only, no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from eit_lab.config import Config, micro_batches
+from eit_lab.runs import DataFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The counts of one run on a number of processes. Steps are optimizer steps; they do not depend on the processes."""
+
+    world_size: int
+    batch_size: int
+    """GLOBAL batch, images."""
+    micro_batch: int
+    """Images of one device at once."""
+    accumulate: int
+    """Micro-batches of one device and step."""
+    batches_per_epoch: int
+    """Micro-batches of one device and epoch, limits taken into account."""
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return math.ceil(self.total_steps / max(1, self.steps_per_epoch))
+
+
+def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
+    """The counts of a run. max_steps alone may go on past the recipe's epochs; with max_epochs the smaller one holds."""
+    micro_batch, accumulate = micro_batches(config, world_size=world_size)
+    t = config.trainer
+    batches = facts.num_train // config.recipe.batch_size * accumulate
+    limit = t.overfit_batches or t.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / accumulate)
+    epochs = t.max_epochs or (None if t.max_steps else config.recipe.epochs)
+    by_epochs = steps * epochs if epochs else None
+    return Plan(
+        world_size=world_size,
+        batch_size=config.recipe.batch_size,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        batches_per_epoch=batches,
+        steps_per_epoch=steps,
+        total_steps=min(count for count in (by_epochs, t.max_steps) if count is not None),
+    )

@@ -1,0 +1,191 @@
+"""One process per device on this machine, each started with the run's frozen config. No torch.
+
+The command that was typed becomes a supervisor: it trains nothing, hands signals on, and ends with the status of rank 0.
+Nothing is re-executed from the command line (a launcher that does so repeats a whole sweep in every rank), no rank outlives
+the supervisor, and one rank that dies takes the others down within seconds instead of leaving them waiting.
+
+Under torchrun or Slurm the processes are there already, and this module does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+from eit_lab.command import EXIT_WRONG_INPUT, RunError
+from eit_lab.config import Config, TrainerConfig
+
+COMMAND = "EIT_LAB_COMMAND"
+"""Environment variable: what the user typed, as JSON, for the record of a run whose ranks were started here."""
+_PARENT = "EIT_LAB_PARENT"
+_GRACE_S = 10.0  # between the death of one rank and the end of the others
+_POLL_S = 0.05
+_LAST_LINES = 5
+_HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+# Set by whoever starts the processes of one run; a fresh run must not see another one's.
+LAUNCH_VARIABLES = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHELASTIC_RUN_ID", COMMAND, _PARENT,
+)  # fmt: skip
+
+
+def started_by_launcher() -> bool:
+    """Whether this process is one of several that torchrun, Slurm or ``run_ranks`` started for one run."""
+    if "LOCAL_RANK" in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        return True
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ and not interactive
+
+
+def count_ranks(config: Config) -> int:
+    """Processes that this machine needs for the config: one for each device."""
+    trainer = config.trainer
+    match trainer.devices:
+        case tuple(devices):
+            return len(devices)
+        case int(count) if count > 0:
+            return count
+        case str(text) if text.isdigit():
+            return int(text)
+        case str(text) if "," in text:
+            return len([part for part in text.split(",") if part.strip()])
+    return _count_gpus(trainer)
+
+
+def _count_gpus(trainer: TrainerConfig) -> int:
+    """All GPUs for ``auto`` and -1; torch is asked only where there is a device to ask about."""
+    if trainer.accelerator not in ("auto", "gpu", "cuda") or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def run_ranks(module: str, frozen: str, *, count: int, command: Sequence[str]) -> int:
+    """Start ``python -m MODULE --frozen FILE`` once for each rank, watch over them, and return rank 0's exit status.
+
+    ``frozen`` is the file's content: the resolved config. Raises RunError when a rank dies without rank 0 saying why.
+    """
+    with tempfile.TemporaryDirectory(prefix="eit_lab-ranks-") as scratch:
+        config = Path(scratch, "config.yaml")
+        config.write_text(frozen)
+        port = _free_port()
+        ranks: list[subprocess.Popen[bytes]] = []
+        received: list[int] = []
+
+        def hand_on(signum: int, _: FrameType | None) -> None:
+            received.append(signum)
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(signum)
+
+        before = {signum: signal.signal(signum, hand_on) for signum in _HANDED_ON}
+        try:
+            for rank in range(count):
+                with ExitStack() as files:
+                    output = files.enter_context(Path(scratch, f"rank{rank}").open("wb")) if rank else None
+                    ranks.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", module, "--frozen", str(config)],
+                            env=_rank_environment(rank, count=count, port=port, command=command),
+                            stdin=subprocess.DEVNULL,
+                            stdout=output,
+                            stderr=output,
+                            start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor only, which hands it on
+                        )
+                    )
+                for signum in received:  # what came while this rank was being started
+                    ranks[-1].send_signal(signum)
+            return _watch(ranks, Path(scratch))
+        finally:
+            for rank_process in ranks:
+                if rank_process.poll() is None:
+                    rank_process.kill()
+                    rank_process.wait()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def _watch(ranks: Sequence[subprocess.Popen[bytes]], scratch: Path) -> int:
+    """Wait for all; after the first failure the others have some seconds to end by themselves."""
+    failed_at: float | None = None
+    first_failed: int | None = None
+    while any(rank.poll() is None for rank in ranks):
+        for number, rank in enumerate(ranks):
+            if first_failed is None and rank.poll() not in (None, 0):
+                first_failed, failed_at = number, time.monotonic()
+        grace = 0.0 if ranks[0].poll() == EXIT_WRONG_INPUT else _GRACE_S  # found before anything began
+        if failed_at is not None and time.monotonic() - failed_at > grace:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+        time.sleep(_POLL_S)
+    statuses = [rank.returncode for rank in ranks]
+    if first_failed is None:
+        first_failed = next((number for number, status in enumerate(statuses) if status), None)
+    if first_failed is None:
+        return 0
+    if statuses[0] > 0 and (first_failed == 0 or statuses[0] == statuses[first_failed]):
+        return statuses[0]  # rank 0 has said why
+    raise RunError(_epitaph(first_failed, statuses[first_failed], scratch))
+
+
+def _epitaph(number: int, status: int, scratch: Path) -> str:
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    output = scratch / f"rank{number}"
+    lines = output.read_text(errors="replace").splitlines()[-_LAST_LINES:] if output.exists() else []
+    said = " | ".join(line.strip() for line in lines if line.strip())
+    return f"process {number} {how}{f': {said}' if said else ''}; the same command resumes"
+
+
+def _rank_environment(rank: int, *, count: int, port: int, command: Sequence[str]) -> Mapping[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
+    threads = {} if "OMP_NUM_THREADS" in kept else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    return {
+        **kept,
+        **threads,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        COMMAND: json.dumps(list(command)),
+        _PARENT: str(os.getpid()),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def die_with_supervisor() -> None:
+    """In a rank: end when the supervisor ends, however it ends (Linux; elsewhere the lost connection does it)."""
+    parent = os.environ.get(_PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def typed_command(argv: list[str]) -> list[str]:
+    """What the user typed: ours, or the supervisor's that started this rank."""
+    given = os.environ.get(COMMAND)
+    return list(json.loads(given)) if given else argv

@@ -1,0 +1,55 @@
+"""Asking a run to stop: SIGTERM, SIGUSR2 and the first Ctrl-C set a flag, which training reads after each step. No torch.
+
+Nothing is saved inside a handler: a handler interrupts any instruction, a checkpoint wants a whole step. The second Ctrl-C
+ends the process at once. Install before anything slow is imported: until then a signal ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+_POLITE = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop, and how."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._pid: int | None = None
+
+    def install(self) -> None:
+        """Take over SIGTERM, SIGUSR2 and SIGINT in this process."""
+        self.signum, self._pid = None, os.getpid()
+        for signum in (*_POLITE, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+
+    def uninstall(self) -> None:
+        """Give the signals back their usual meaning."""
+        if self._pid == os.getpid():
+            self._pid = None
+            for signum in _POLITE:
+                signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if (
+            os.getpid() != self._pid
+        ):  # a loader's worker, forked with our handlers: Slurm signals every process of a step
+            return
+        if signum == signal.SIGINT:
+            if self.signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        self.signum = signum
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal has come."""
+        return self.signum is not None
+
+
+STOP = StopRequest()
