@@ -179,7 +179,7 @@ def test_a_position_embedding_is_resized_as_pillow_resizes_an_image(to: tuple[in
     resized = resize_position(table, grid=(14, 14), to=to)
     for channel in range(3):
         image = Image.fromarray(table[0, 1:, channel].view(14, 14).numpy())
-        wanted = np.asarray(image.resize((to[1], to[0]), Image.Resampling.BICUBIC))
+        wanted = np.array(image.resize((to[1], to[0]), Image.Resampling.BICUBIC))
         torch.testing.assert_close(resized[0, 1:, channel].view(to), torch.from_numpy(wanted), atol=1e-5, rtol=1e-5)
 
 

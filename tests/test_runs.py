@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -45,6 +46,12 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "record.json").read_text())
 
 
+def metrics_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what they took."""
+    with (folder / "metrics.csv").open(newline="") as handle:
+        return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in csv.DictReader(handle)]
+
+
 def test_a_run_leaves_everything_that_later_tools_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train() == 0
     folder = only_run(here / "runs")
@@ -58,7 +65,7 @@ def test_a_run_leaves_everything_that_later_tools_read(here: Path, capsys: pytes
         f"run={folder.relative_to(here)}",
     ):
         assert words in out
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     record = record_of(folder)
     assert folder.name == f"{record['name']}-synthetic-s0-{record['identity']}"
     assert record["status"] == "finished"
@@ -123,7 +130,8 @@ def test_damaged_files_are_one_line(here: Path, capsys: pytest.CaptureFixture[st
     last.write_bytes(last.read_bytes()[:5000])
     assert train("recipe.epochs=1") == 2
     assert (
-        f"{last.relative_to(here)} is damaged and cannot be resumed from; run.overwrite=true" in capsys.readouterr().err
+        f"{last.relative_to(here)} is damaged and cannot be resumed from, nor is there a good one before it; "
+        "run.overwrite=true" in capsys.readouterr().err
     )
     record.write_text("{")
     assert train("recipe.epochs=1") == 2
@@ -134,7 +142,7 @@ def test_damaged_files_are_one_line(here: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_summary_counts_the_steps_that_will_run() -> None:
-    from eit_lab.training.fit import planned_steps
+    from eit_lab.plan import plan
 
     for args, steps in (
         ((), 6),
@@ -146,13 +154,13 @@ def test_the_summary_counts_the_steps_that_will_run() -> None:
         (("debug=one_batch",), 1),
     ):
         config = compose_one([*TINY, *args])
-        assert planned_steps(config, describe(config.data)) == steps, args
+        assert plan(config, describe(config.data)).total_steps == steps, args
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["checkpoint=best"], "run must be given"),
+        (["part=val"], "run must be given"),
         (["run=nothing"], "run must be the folder of a run (with config.yaml), got 'nothing'"),
         (["run=x", "part=tset"], "part must be one of test, val, got 'tset'; nearest: test"),
         (["run=x", "chekpoint=best"], "nearest: checkpoint"),
@@ -173,7 +181,8 @@ def test_evaluate_answers_a_mistake_in_one_line(
 def test_the_same_seed_gives_the_same_loss_to_the_last_digit_and_seed_0_is_a_seed(here: Path) -> None:
     for root, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert train(f"run.root={root}", f"seed={seed}", "trainer.log_every_n_steps=1", "data.crop_padding=1") == 0
-    a, b, c = ((only_run(here / root) / "metrics.csv").read_bytes() for root in "abc")
+    a, b, c = (metrics_of(only_run(here / root)) for root in "abc")
+    assert "train/loss" in a[0]
     assert a == b
     assert a != c
     assert record_of(only_run(here / "a"))["identity"] == record_of(only_run(here / "b"))["identity"]
@@ -184,18 +193,18 @@ def test_epochs_differ_in_order_and_augmentation_as_training_really_runs(
 ) -> None:
     from eit_lab.data.small import InMemoryImages
 
-    seen: list[list[tuple[int, int]]] = []
+    seen: list[list[tuple[int, int, int, int]]] = []
     read = InMemoryImages.__getitem__
 
-    def watch(self: InMemoryImages, items: list[tuple[int, int]]) -> object:
+    def watch(self: InMemoryImages, items: list[tuple[int, int, int, int]]) -> object:
         if self.augment_seed is not None:
             seen.append(list(items))
         return read(self, items)
 
     monkeypatch.setattr(InMemoryImages, "__getitem__", watch)
     assert train("recipe.epochs=3") == 0
-    assert [{epoch for epoch, _ in batch} for batch in seen] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
-    orders = [[index for batch in seen[3 * e : 3 * e + 3] for _, index in batch] for e in range(3)]
+    assert [{epoch for epoch, *_ in batch} for batch in seen] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
+    orders = [[index for batch in seen[3 * e : 3 * e + 3] for _, index, *_ in batch] for e in range(3)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
@@ -284,7 +293,8 @@ def test_a_failure_is_on_record_with_its_last_lines(command: Command, damaged: P
     assert done.status == 1
     record = record_of(only_run(tmp_path / "runs"))
     assert record["status"] == "failed"
-    assert record["error"].startswith("OSError: image file is truncated")
+    assert record["error"].startswith(f"data.root: {damaged}/train/n00000000/cut_")
+    assert "cannot be read: image file is truncated" in record["error"]
     assert any("_load" in line for line in record["error_lines"])
     assert "resume: " in done.err
 

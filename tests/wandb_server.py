@@ -1,5 +1,7 @@
 """A stand-in for the W&B server on loopback: it keeps what arrives, and can be told to refuse, fail, hang or die.
 
+Beside it, a reader of the files that wandb keeps on disk.
+
 It speaks as much of W&B's protocol (GraphQL, file stream, file uploads; as wandb 0.31 uses it) as one run with media,
 tables and artifacts needs. What it does not know is kept in ``unknown``, so that a test notices a changed protocol.
 """
@@ -10,11 +12,13 @@ import gzip
 import json
 import re
 import socket
+import struct
 import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
 Mode = Literal["ok", "401", "403", "500", "hang", "hang files"]
@@ -299,3 +303,30 @@ def _artifact_file(owner: WandbServer, spec: dict[str, Any]) -> dict[str, Any]:
             "artifact": {"id": artifact_id},
         }
     }
+
+
+def rows_on_disk(folder: Path, run_id: str) -> list[dict[str, str]]:
+    """The history rows of every part of a run, read from wandb's files: LevelDB's log format around protobuf records.
+
+    A row is {key: value as JSON}.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for path in sorted(folder.glob(f"wandb/*run-*/run-{run_id}.wandb")):
+        content, place, record = path.read_bytes(), 7, b""
+        while place + 7 <= len(content):
+            left = 32768 - place % 32768
+            if left < 7:
+                place += left
+                continue
+            _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+            record += content[place + 7 : place + 7 + size]
+            place += 7 + size
+            if kind in (1, 4):  # a whole record, or the last piece of one
+                parsed = wandb_internal_pb2.Record()
+                parsed.ParseFromString(record)
+                record = b""
+                if parsed.WhichOneof("record_type") == "history":
+                    rows.append({item.key or item.nested_key[0]: item.value_json for item in parsed.history.item})
+    return rows

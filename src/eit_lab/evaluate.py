@@ -50,7 +50,7 @@ def _main(argv: list[str]) -> int:
         print(_HELP)
         return 0
     from eit_lab.config import ConfigError
-    from eit_lab.processes import count_ranks, die_with_supervisor, run_ranks, started_by_launcher, typed_command
+    from eit_lab.processes import count_ranks, die_with_parent, run_ranks, started_by_launcher, typed_command
     from eit_lab.trained import find, take_apart
 
     argv = typed_command(argv)
@@ -64,7 +64,7 @@ def _main(argv: list[str]) -> int:
     variant = _variant(trained, words)
     if not started_by_launcher() and (count := count_ranks(trained.config)) > 1:
         return run_ranks("eit_lab.evaluate", "", count=count, command=argv)
-    die_with_supervisor()
+    die_with_parent()
     return _on_own_data(trained, words) if variant is None else _on_variant(trained, variant)
 
 

@@ -56,19 +56,19 @@ def _hash(path: Path, size: int, modified_ns: int) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
-def resolve(name: str | Path, *, key: str = "checkpoint") -> Path:
+def resolve(name: str | Path) -> Path:
     """The weights' file of a run folder (best or last, as its recipe selects), or the file itself."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ConfigError(f"{key} must be a run folder or a file of weights, got {str(name)!r}: no such file")
+        raise ConfigError(f"checkpoint must be a run folder or a file of weights, got {str(name)!r}: no such file")
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{key} must be a run folder (with config.yaml) or a file of weights, got {str(name)!r}")
+        raise ConfigError(f"checkpoint must be a run folder (with config.yaml) or a file of weights, got {str(name)!r}")
     select = (_run_config(path).get("recipe") or {}).get("select", "best")
     file = path / "checkpoints" / f"{select}.ckpt"
     if not file.is_file():
-        raise ConfigError(f"{key}: {path} has no {file.name} in checkpoints/; has it trained for an epoch?")
+        raise ConfigError(f"checkpoint: {path} has no {file.name} in checkpoints/; has it trained for an epoch?")
     return file
 
 

@@ -28,7 +28,8 @@ from eit_lab.config import Config, TrainerConfig
 
 COMMAND = "EIT_LAB_COMMAND"
 """Environment variable: what the user typed, as JSON, for the record of a run whose ranks were started here."""
-_PARENT = "EIT_LAB_PARENT"
+PARENT = "EIT_LABPARENT"
+"""Environment variable: the process without which this one must not go on."""
 _GRACE_S = 10.0  # between the death of one rank and the end of the others
 _POLL_S = 0.05
 _LAST_LINES = 5
@@ -36,7 +37,7 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 # Set by whoever starts the processes of one run; a fresh run must not see another one's.
 LAUNCH_VARIABLES = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHELASTIC_RUN_ID", COMMAND, _PARENT,
+    "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHELASTIC_RUN_ID", COMMAND, PARENT,
 )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def _rank_environment(rank: int, *, count: int, port: int, command: Sequence[str
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         COMMAND: json.dumps(list(command)),
-        _PARENT: str(os.getpid()),
+        PARENT: str(os.getpid()),
     }
 
 
@@ -174,9 +175,9 @@ def _free_port() -> int:
     return port
 
 
-def die_with_supervisor() -> None:
-    """In a rank: end when the supervisor ends, however it ends (Linux; elsewhere the lost connection does it)."""
-    parent = os.environ.get(_PARENT)
+def die_with_parent() -> None:
+    """In a rank or a sweep's job: end when the process that started it ends, however that ends (Linux)."""
+    parent = os.environ.get(PARENT)
     if parent is None or not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1

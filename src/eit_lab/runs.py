@@ -33,6 +33,7 @@ from typing import IO, Any, Literal
 from omegaconf import OmegaConf
 
 from eit_lab.config import Config, ConfigError
+from eit_lab.finetune import checkpoint_hash
 from eit_lab.loading import dump
 from eit_lab.version import __version__
 
@@ -66,7 +67,8 @@ _RESULT_ROOMS = (
     "config.py", "loading.py", "schedule.py", "learning_rate.py", "plan.py", "models", "data", "training",
 )  # fmt: skip
 _PACKAGES = (
-    "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scikit-learn", "wandb",
+    "torch", "torchvision", "timm", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scipy", "scikit-learn",
+    "pillow", "wandb",
 )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ class DataFacts:
 
 
 def identity(config: Config, facts: DataFacts) -> str:
-    """Ten hex digits: the hash of the resolved config, the data and the code. Placement is left out."""
+    """Ten hex digits: the hash of the resolved config, the data, the weights it starts from, the code; not of its placement."""
     plain = dump(config)
     for key in PLACEMENT:
         *parents, last = key.split(".")
@@ -95,7 +97,7 @@ def identity(config: Config, facts: DataFacts) -> str:
         for parent in parents:
             node = node[parent]
         node.pop(last, None)
-    content = {"config": plain, "data": asdict(facts), "code": code_hash()}
+    content = {"config": plain, "data": asdict(facts), "code": code_hash(), "checkpoint": checkpoint_hash(config)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 

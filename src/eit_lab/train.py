@@ -62,15 +62,15 @@ def _read_frozen(argv: list[str]) -> Config:
 
 
 def _run(config: Config, argv: list[str], *, announce: Path | None = None) -> int:
-    from eit_lab.processes import count_ranks, die_with_supervisor, started_by_launcher
+    from eit_lab.processes import count_ranks, die_with_parent, started_by_launcher
     from eit_lab.signals import STOP
 
+    die_with_parent()
     launched = started_by_launcher()
     if not launched and config.run.show is None and (count := count_ranks(config)) > 1:
         return _supervise(config, argv, count, announce)
     STOP.install()
     try:
-        die_with_supervisor()
         return _run_here(config, argv, announce)
     finally:
         STOP.uninstall()
@@ -134,6 +134,7 @@ def _report_finished(run: Run) -> int:
 
 
 def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
+    from eit_lab.config import ConfigError
     from eit_lab.processes import typed_command
     from eit_lab.runs import is_main_process
     from eit_lab.training.fit import fit
@@ -142,6 +143,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
     command_line = typed_command(argv)
     try:
         record = fit(config, facts, run, command_line)
+    except ConfigError:  # the same command would say the same
+        raise
     except BaseException:
         if is_main_process():
             print(stop_line(run, command_line), file=sys.stderr, flush=True)

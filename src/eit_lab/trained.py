@@ -23,6 +23,8 @@ from eit_lab.runs import PLACEMENT, read_record
 
 _NAMED = ("best", "last", "previous")
 _OF_WEIGHTS = {"run": None, "checkpoint": None, "model": None, "weights": ("raw", "ema")}
+# What is tested or exported gives the same on any device, so where it was trained says nothing about where it is tested.
+_ANY_PLACE = ("trainer.devices=auto", "trainer.num_nodes=1", "trainer.strategy=auto")
 CLASSES_FILE = "classes.json"
 """In a run folder: the names of the classes in label order, where they have names."""
 
@@ -112,7 +114,7 @@ def find(words: Words, *, command: str) -> Trained:
         if "model" in options:
             raise ConfigError(f"model is the run's own with run=..., got {options['model']!r}; leave it out")
         return _of_run(Path(options["run"]).expanduser(), options.get("checkpoint"), weights, words.overrides)
-    if "checkpoint" not in options:
+    if options.get("checkpoint", "best") in (*_NAMED, "epochs"):
         raise ConfigError(f"run must be given: {command} run=FOLDER, or checkpoint=FILE model=NAME")
     files = tuple(resolve(name) for name in options["checkpoint"].split(","))
     run = run_folder_of(files[0])
@@ -122,7 +124,7 @@ def find(words: Words, *, command: str) -> Trained:
 
 
 def _of_run(run: Path, checkpoint: str | None, weights: Literal["raw", "ema"], overrides: Sequence[str]) -> Trained:
-    config = load_run(run, overrides)
+    config = load_run(run, [*_ANY_PLACE, *map(_as_many_devices, overrides)])
     record = read_record(run)
     chosen = checkpoint or config.recipe.select
     files = tuple(file for name in chosen.split(",") for file in _in_run(run, name))
@@ -177,6 +179,12 @@ def _of_file(
         class_names=tuple(names) if names else None,
         as_recorded=False,
     )
+
+
+def _as_many_devices(word: str) -> str:
+    """A number of devices need not divide the batch of training here: as text it is not held against it."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if key == "trainer.devices" and value.isdecimal() and int(value) > 0 else word
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:

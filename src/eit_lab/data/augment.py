@@ -104,6 +104,8 @@ class BatchAugment:
         boxes = Boxes(*np.zeros((4, len(index)), dtype=np.int64))
         waiting = draw(_ERASE_STREAM) < self.recipe.random_erasing_prob
         for attempt in range(_ERASE_TRIES):
+            if not waiting.any():
+                break
             share, aspect, y, x = (draw(_BOX_STREAM + 4 * attempt + k) for k in range(4))
             area = (_ERASED_SHARE[0] + share * (_ERASED_SHARE[1] - _ERASED_SHARE[0])) * hw[0] * hw[1]
             low, high = np.log(_ERASED_ASPECT)

@@ -22,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from eit_lab.command import RunError
 from eit_lab.config import ConfigError, ImageNetData, RecipeConfig, as_hw
 from eit_lab.data.batch import FILLER, Batch
 from eit_lab.data.catalog import describe, imagenet_root
@@ -65,7 +66,10 @@ class FolderImages(Dataset[Batch]):
         if index == FILLER:
             return torch.zeros((self.config.in_chans, *hw), dtype=torch.uint8), 0
         path, label = self.folder.samples[self.chosen[index]]
-        image = self.folder.loader(path)
+        try:
+            image = self.folder.loader(path)
+        except OSError as error:
+            raise RunError(f"data.root: {path} cannot be read: {error.strerror or error}") from None
         if self.augment_seed is None:
             image = eval_crop(image, hw, resize_share=self.config.eval_resize_share)
         else:

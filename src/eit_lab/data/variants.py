@@ -134,7 +134,7 @@ def recognise(
         return _one(root.joinpath(*roots[0]), num_classes=num_classes, class_names=class_names)
     if ("val",) in roots:  # ImageNet's own layout
         return _one(root / "val", num_classes=num_classes, class_names=class_names)
-    if all(parts[-1] in _SEVERITIES for parts in roots):
+    if roots and all(parts[-1] in _SEVERITIES for parts in roots):
         return _corrupted(root, roots, num_classes=num_classes, class_names=class_names)
     if not roots:
         flat = _holds_images(root)

@@ -10,32 +10,30 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED
+from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from eit_lab.compose import Point
 from eit_lab.config import Config, ConfigError
 from eit_lab.data.prepare import prepare
 from eit_lab.loading import dump, nearest
+from eit_lab.processes import LAUNCH_VARIABLES, PARENT
 from eit_lab.report.summary import write_summary
 from eit_lab.runs import DataFacts, code_state, identity, read_record, run_name, versions, write_text
 
 _POLL_S = 0.2
 _ERROR_LINES = 8
-# Of a launcher around us; a job must start as if it were typed.
-_NOT_FOR_JOBS = (
-    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED",
-    "PL_SEED_WORKERS",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -65,7 +63,7 @@ class Job:
 
 
 def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[str]) -> int:
-    """Run every point in order; returns 0 when all are finished, 1 when one failed, 130 when interrupted."""
+    """Run every point in order; returns 0 when all are finished, 1 when one failed, 130 or 75 when it was asked to stop."""
     if launcher.get("kind") != "process":
         kind = str(launcher.get("kind") or launcher.get("_target_"))
         raise ConfigError(f"hydra/launcher must be one of process, got {kind!r}{nearest(kind, ['process'])}")
@@ -76,8 +74,7 @@ def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[
     write_text(folder / "code.diff", diff)
     print(f"sweep {folder.name}: {len(jobs)} jobs, folder {folder}", flush=True)
     began = time.monotonic()
-    status = 0
-    with _progress() as progress:
+    with _Signals() as signals, _progress() as progress:
         whole = progress.add_task("jobs", total=len(jobs), note="")
         for job in jobs:
             _write_manifest(folder, manifest, jobs)
@@ -85,20 +82,20 @@ def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[
                 job.status = "finished"
                 _say(progress, f"job {job.number + 1}/{len(jobs)}  {job.label}: finished already, skipped")
             else:
-                interrupted = _run_job(job, jobs, progress)
+                _run_job(job, jobs, progress, signals)
                 _write_manifest(folder, manifest, jobs)
-                if interrupted:
-                    status = EXIT_INTERRUPTED
+                if signals.received is not None:
                     break
             progress.advance(whole)
     _write_manifest(folder, manifest, jobs)
     failed = [job for job in jobs if job.status == "failed"]
+    status = signals.exit_status() or (EXIT_PREEMPTED if any(job.status == "preempted" for job in jobs) else 0)
     print(write_summary(folder))
     print(f"{len(jobs)} jobs in {time.monotonic() - began:.0f} s: {sum(j.status == 'finished' for j in jobs)} finished, "
-          f"{len(failed)} failed{', the rest not started: the same command goes on' if status else ''}")  # fmt: skip
+          f"{len(failed)} failed{', the rest not ended: the same command goes on' if status else ''}")  # fmt: skip
     for job in failed:
         print(f"failed: job {job.number + 1} ({job.label}), log {job.log}", file=sys.stderr)
-    return status or (EXIT_FAILED if failed else 0)
+    return signals.exit_status() or (EXIT_FAILED if failed else status)
 
 
 def _freeze(points: Sequence[Point], root: Path) -> tuple[Path, list[Job]]:
@@ -141,30 +138,58 @@ def _freeze(points: Sequence[Point], root: Path) -> tuple[Path, list[Job]]:
     return folder, jobs
 
 
-def _run_job(job: Job, jobs: Sequence[Job], progress: Progress) -> bool:
-    """Run one job to its end; True when the user interrupted it."""
+class _Signals:
+    """Asked to stop, a sweep hands the signal on to its job, which saves its state and ends; then the sweep ends too."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.job: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        self._before = {n: signal.signal(n, self._hand_on) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _hand_on(self, signum: int, _: FrameType | None) -> None:
+        self.received = signum
+        if self.job is not None and self.job.poll() is None:
+            self.job.send_signal(signum)
+
+    def exit_status(self) -> int:
+        """130 after Ctrl-C, 75 after another signal, 0 without."""
+        if self.received is None:
+            return 0
+        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
+
+
+def _run_job(job: Job, jobs: Sequence[Job], progress: Progress, signals: _Signals) -> None:
+    """Run one job to its end."""
     job.status = "running"
-    environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_JOBS}
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
     task = progress.add_task(job.label, total=None, note="starting")
     head = f"job {job.number + 1}/{len(jobs)}  {job.label}"
     began = time.monotonic()
-    interrupted = False
     job.announced.unlink(missing_ok=True)
-    with job.log.open("w") as log:
+    with job.log.open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "eit_lab.train", "--frozen", str(job.frozen)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env={**environment, PARENT: str(os.getpid())},
+            start_new_session=True,  # the terminal's Ctrl-C reaches the sweep only, which hands it on
         )
+        signals.job = process
+        if signals.received is not None:  # it came while the job was being started
+            process.send_signal(signals.received)
         while process.poll() is None:
-            try:
-                job.find_folder()
-                _show_progress(job, progress, task)
-                time.sleep(_POLL_S)
-            except KeyboardInterrupt:  # the terminal has sent it to the job too: let it save and end
-                interrupted = True
+            job.find_folder()
+            _show_progress(job, progress, task)
+            time.sleep(_POLL_S)
     progress.remove_task(task)
     job.find_folder()
     record = read_record(job.folder)
@@ -172,7 +197,10 @@ def _run_job(job: Job, jobs: Sequence[Job], progress: Progress) -> bool:
         job.status = "finished"
         accuracy = 100 * record["result"]["test/acc1"]
         _say(progress, f"{head}: test top-1 {accuracy:.2f}%, {time.monotonic() - began:.0f} s")
-    elif interrupted:
+    elif process.returncode in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
+        job.status = "interrupted" if process.returncode == EXIT_INTERRUPTED else "preempted"
+        _say(progress, f"{head}: stopped as asked, its state is saved")
+    elif signals.received is not None and process.returncode == -signals.received:  # before it could save anything
         job.status = "interrupted"
     else:
         job.status = "failed"
@@ -180,7 +208,6 @@ def _run_job(job: Job, jobs: Sequence[Job], progress: Progress) -> bool:
         _say(progress, f"{head}: FAILED (exit status {process.returncode})")
         for line in lines[-_ERROR_LINES:]:
             _say(progress, f"    {line}")
-    return interrupted
 
 
 def _show_progress(job: Job, progress: Progress, task: Any) -> None:

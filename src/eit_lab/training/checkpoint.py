@@ -114,7 +114,8 @@ def pick(run: Run) -> tuple[Path, dict[str, Any]] | None:
             content = read(path)
         except RunError as error:
             damaged.append(path)
-            print(f"eit_lab: warning: {error}; going back to the one before", file=sys.stderr, flush=True)
+            if any(other.exists() for other in run.resume_candidates()[len(damaged) :]):
+                print(f"eit_lab: warning: {error}; going back to the one before", file=sys.stderr, flush=True)
             continue
         if content["eit_lab"]["identity"] != run.run_id:
             raise ConfigError(

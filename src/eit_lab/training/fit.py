@@ -77,13 +77,14 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
         record["status"] = "finished"
     except BaseException as error:
         record["status"] = _status(error)
-        record["error"] = traceback.format_exception_only(error)[-1].strip()
+        known = isinstance(error, RunError | OSError)
+        record["error"] = _one_line(error, run) if known else traceback.format_exception_only(error)[-1].strip()
         record["error_lines"] = traceback.format_exc().splitlines()[-_LINES_OF_ERROR:]
         if isinstance(error, NotFiniteError) and is_main_process():
             record["nonfinite"] = error.facts
             write_text(run.folder / "nonfinite.json", json.dumps(error.facts, indent=2) + "\n")
-        if isinstance(error, RunError | OSError):
-            raise RunError(_one_line(error, run)) from error
+        if known:
+            raise RunError(record["error"]) from error
         raise
     finally:
         record["seconds"] = round(time.monotonic() - began, 3)
@@ -94,7 +95,7 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
     return record
 
 
-def _one_line(error: Exception, run: Run) -> str:
+def _one_line(error: BaseException, run: Run) -> str:
     """What a full disk, a lost folder or a lost image is, without the traceback of the worker process that met it."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; the last checkpoint in {run.folder} is intact"

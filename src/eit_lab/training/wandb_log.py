@@ -63,6 +63,7 @@ class WandbLog(Logger):
         self._row: dict[str, Any] = {}
         self._at: dict[str, int] = {}  # the step and the images seen of the last row
         self._said: set[str] = set()
+        self._troubled = False
 
     @property
     def name(self) -> str:
@@ -129,6 +130,7 @@ class WandbLog(Logger):
                     "finish_timeout_raises": True,
                     "console": "off",
                     "silent": True,
+                    "program": sys.argv[0],  # not ours, in the dashboard
                     "x_disable_viewer": True,  # one request less at the start; it is for greetings only
                     "x_stats_pid": os.getpid(),  # the load that is shown is the training's
                     "x_transaction_log_flush_interval": 5.0,
@@ -159,7 +161,7 @@ class WandbLog(Logger):
 
     def _parts(self) -> set[Path]:
         """Folders of this run's parts, one for each time that it was started."""
-        return set(self._folder.glob(f"*run-*-{self.run_id}"))
+        return set(self._folder.glob(f"*run-*-{self.run_id}*"))  # a number follows when two began in the same second
 
     # ------------------------------------------------------------------------------------------------------------ log
 
@@ -304,6 +306,9 @@ class WandbLog(Logger):
     def _trouble(self, reply: Mapping[str, Any]) -> None:
         if reply["state"] != "problem":  # the process has ended, could not begin, or is stuck
             self.mode_now = "absent"
+        elif self._troubled:  # the first of its kind is enough to hear of
+            return
+        self._troubled = True
         self._say(f"{reply.get('cause', 'its process has ended')}; training and metrics.csv go on")
 
     def _say(self, text: str) -> None:

@@ -30,6 +30,8 @@ _GAVE_UP = "Fatal error while uploading data"  # wandb's words, on stderr only, 
 # Of logger.finish_timeout_s: what wandb has for its last uploads, and what is left over to end in order.
 FINISH_SHARE = 0.75
 MARGIN_SHARE = 0.1
+_ASKS_THE_SERVER = ("table", "artifact")
+_NO_MORE: Mapping[str, Any] = {}
 _CLOSED_WITHOUT_A_WORD = 1  # exit code of a training that was killed
 
 
@@ -60,9 +62,23 @@ def main() -> None:
         return
     reply("started", url=run.url)
 
-    # Some orders ask the server, and wait for it as long as wandb likes: in a thread, so that the run can still be finished.
-    todo: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    worker = threading.Thread(target=_work, args=(run, todo, reply), daemon=True)
+    ending = threading.Event()
+
+    def obey(order: Mapping[str, Any]) -> None:
+        try:
+            run.obey(order)
+        except Exception as error:  # noqa: BLE001 - as above
+            if not ending.is_set():  # a run that has ended takes nothing more: no news
+                reply("problem", cause=in_one_line(error))
+
+    # These ask the server, and wait for it as long as wandb likes: in a thread, so that rows and the end need not wait.
+    slow: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
+
+    def obey_slowly() -> None:
+        for order in iter(slow.get, _NO_MORE):
+            obey(order)
+
+    worker = threading.Thread(target=obey_slowly, daemon=True)
     worker.start()
     last: dict[str, Any] = {"exit_code": _CLOSED_WITHOUT_A_WORD, "deadline": None}
     for line in orders:
@@ -70,25 +86,18 @@ def main() -> None:
         if order["do"] == "finish":
             last = order
             break
-        todo.put(order)
-    todo.put(None)
+        (slow.put if order["do"] in _ASKS_THE_SERVER else obey)(order)
+    slow.put(_NO_MORE)
     until = last["deadline"] or time.monotonic() + first["finish_timeout"]
     # wandb gets its share of the time whatever is still waiting.
     worker.join(timeout=max(0.0, until - time.monotonic() - FINISH_SHARE * first["finish_timeout"]))
-    complete = run.finish(last["exit_code"])
-    reply("finished", complete=complete and not worker.is_alive())
-    os._exit(0)  # without wandb's hooks, which may wait again; all is sent or written
-
-
-def _work(run: _Run, todo: queue.SimpleQueue[dict[str, Any] | None], reply: Callable[..., None]) -> None:
-    troubled = False
-    while (order := todo.get()) is not None:
-        try:
-            run.obey(order)
-        except Exception as error:  # noqa: BLE001 - as above; the first is enough to hear of
-            if not troubled:
-                troubled = True
-                reply("problem", cause=in_one_line(error))
+    ending.set()
+    if worker.is_alive():
+        reply("problem", cause="the server does not answer, tables or checkpoints that wait for it are left out")
+    run.finish(last["exit_code"])
+    reply("finished")
+    run.end_service()
+    os._exit(0)  # a thread of ours or of wandb's may still wait; all is sent or written
 
 
 class _Run:
@@ -142,19 +151,21 @@ class _Run:
         artifact.add_file(order["path"], policy="immutable")
         self._run.log_artifact(artifact, aliases=order["aliases"])
 
-    def finish(self, exit_code: int) -> bool:
-        """End the run; whether all of it is on the server."""
+    def finish(self, exit_code: int) -> None:
+        """End the run, and mark it where all of it is on the server."""
         began = time.monotonic()
-        folder, run_id = Path(self._run.settings.sync_dir), self._run.id
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:  # noqa: BLE001 - a timeout, or a service that is gone: the data is on disk
             print(in_one_line(error), file=sys.stderr)
-            return False
-        complete = self._online and time.monotonic() - began < self._finish_timeout and not self._gave_up()
-        if complete:  # the mark by which `wandb sync` knows that nothing is left to do
-            (folder / f"run-{run_id}.wandb.synced").touch()
-        return complete
+            return
+        if self._online and time.monotonic() - began < self._finish_timeout and not self._gave_up():
+            # The mark by which `wandb sync` knows that nothing is left to do.
+            Path(self._run.settings.sync_dir, f"run-{self._run.id}.wandb.synced").touch()
+
+    def end_service(self) -> None:
+        """End wandb's own process; the training does not wait for this."""
+        self._wandb.teardown()
 
     def _gave_up(self) -> bool:
         with self._log.open(errors="replace") as handle:

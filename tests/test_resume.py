@@ -1,0 +1,380 @@
+"""Killed and resumed is never killed: signals, damaged files, full disks, losses that are not finite, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, TINY_MODEL, Done
+from eit_lab.selftest import compare
+
+Command = Callable[..., Done]
+# Every part of the recipe on: mixing, erasing, RandAugment, repeats, averaged weights; and dropped paths.
+DEBUG = (*TINY, "recipe=debug", "data.num_samples=256", "model.drop_path_rate=0.2", "trainer.record_samples=true")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*args: str) -> int:
+    from eit_lab.train import main
+
+    return main([*DEBUG, *args])
+
+
+def only_run(root: Path) -> Path:
+    (folder,) = (path.parent for path in root.glob("*/record.json"))
+    return folder
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open(newline="") as handle:
+        return [float(row["train/loss"]) for row in csv.DictReader(handle) if row["train/loss"]]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Have this process send itself a signal while a given step, validation or test runs."""
+    from eit_lab.training.module import Classifier
+
+    def arrange(hook: str, *, at_step: int, signum: int = signal.SIGTERM) -> None:
+        original = getattr(Classifier, hook)
+        sent = []
+
+        def and_then(self: Classifier, *args: object, **kwargs: object) -> object:
+            if self.trainer.global_step >= at_step and not sent:
+                sent.append(os.kill(os.getpid(), signum))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Classifier, hook, and_then)
+
+    yield arrange
+
+
+@pytest.mark.parametrize(
+    ("hook", "at_step", "signum", "status", "stopped_after"),
+    [
+        ("training_step", 4, signal.SIGTERM, 75, 5),
+        ("training_step", 13, signal.SIGUSR2, 75, 14),  # in the last step of the first epoch: its validation is to come
+        ("validation_step", 14, signal.SIGTERM, 75, 14),
+        ("training_step", 17, signal.SIGINT, 130, 18),
+        ("test_step", 0, signal.SIGTERM, 75, 28),
+    ],
+)
+def test_a_signal_stops_after_the_step_with_the_state_saved_and_the_same_command_goes_on(
+    hook: str,
+    at_step: int,
+    signum: int,
+    status: int,
+    stopped_after: int,
+    here: Path,
+    stop_after: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train("run.root=alone") == 0
+    stop_after(hook, at_step=at_step, signum=signum)
+    assert train("run.root=killed") == status
+    killed = only_run(here / "killed")
+    assert record_of(killed)["status"] == ("interrupted" if signum == signal.SIGINT else "preempted")
+    state = torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["eit_lab"]["step"] == stopped_after
+    said = capsys.readouterr().err
+    assert f"eit_lab: stopped by signal {int(signum)} after step {stopped_after}, state saved" in said
+    assert "Traceback" not in said
+    assert train("run.root=killed") == 0
+    assert list(compare(only_run(here / "alone"), killed)) == []
+
+
+def test_ctrl_c_twice_is_out_at_once(here: Path, stop_after: Callable[..., None]) -> None:
+    from eit_lab.training.module import Classifier
+
+    stop_after("training_step", at_step=2, signum=signal.SIGINT)
+    original = Classifier.on_before_optimizer_step
+
+    def again(self: Classifier, optimizer: torch.optim.Optimizer) -> None:
+        original(self, optimizer)
+        if self.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "on_before_optimizer_step", again)
+        assert train() == 130
+    assert not (only_run(here / "runs") / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_clock_and_the_best_survive_a_restart(here: Path, stop_after: Callable[..., None]) -> None:
+    stop_after("training_step", at_step=20)
+    assert train() == 75
+    folder = only_run(here / "runs")
+    first = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert first["callbacks"]["Clock"]["device_hours"] > 0
+    assert train() == 0
+    record = record_of(folder)
+    assert record["restarts"] == 1
+    assert record["device_hours"] > first["callbacks"]["Clock"]["device_hours"]
+    assert record["best"]["epoch"] in (0, 1)
+    assert {"val/acc1", "val/acc1_ema"} <= record["best"].keys()
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(
+    here: Path, stop_after: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run.root=alone") == 0
+    stop_after("training_step", at_step=20)
+    assert train("run.root=killed", "trainer.checkpoint_every_n_steps=6") == 75
+    folder = only_run(here / "killed")
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    capsys.readouterr()
+    assert train("run.root=killed", "trainer.checkpoint_every_n_steps=6") == 0
+    assert f"warning: {last.relative_to(here)} is damaged" in capsys.readouterr().err
+    assert list(compare(only_run(here / "alone"), folder)) == []
+
+
+def test_a_flipped_bit_inside_a_state_is_seen_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("recipe.epochs=1") == 0
+    folder = only_run(here / "runs")
+    record = folder / "record.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    last = folder / "checkpoints" / "last.ckpt"  # the only one after one epoch; best.ckpt is the same file
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(bytes(content))
+    capsys.readouterr()
+    assert train("recipe.epochs=1") == 2
+    assert "is damaged and cannot be resumed from" in capsys.readouterr().err
+
+
+def test_a_state_of_another_run_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("recipe.epochs=1", "seed=1") == 0
+    assert train("recipe.epochs=1", "seed=2") == 0
+    one, two = sorted(path.parent for path in (here / "runs").glob("*/record.json"))
+    (two / "checkpoints" / "last.ckpt").write_bytes((one / "checkpoints" / "last.ckpt").read_bytes())
+    record = two / "record.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    capsys.readouterr()
+    assert train("recipe.epochs=1", f"seed={record_of(two)['seed']}") == 2
+    assert f"is of the run {record_of(one)['identity']}, not of {record_of(two)['identity']}" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_state_is_intact(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("recipe.epochs=1", "run.root=alone") == 0
+    size = (only_run(here / "alone") / "checkpoints" / "last.ckpt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, before[1]))  # no file may grow to a whole checkpoint
+    try:
+        assert train("recipe.epochs=1", "run.root=full") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    folder = only_run(here / "full")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eit_lab:")]
+    assert said == [
+        f"eit_lab: {(folder / 'checkpoints' / 'last.ckpt').relative_to(here)} cannot be written: File too large; "
+        "there is no earlier one"
+    ]
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert record_of(folder)["status"] == "failed"
+    assert train("recipe.epochs=1", "run.root=full") == 0
+    assert list(compare(only_run(here / "alone"), folder)) == []
+
+
+def test_a_vanished_data_root_is_one_line_and_the_run_goes_on_when_it_is_back(
+    here: Path, lookalike: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "images").symlink_to(lookalike)
+    words = [*TINY_MODEL, "data=imagenet", "data.root=images", "data.img_size=32", "data.num_workers=1", "data.val_size=4"]
+    words += ["recipe=debug", "recipe.batch_size=8"]
+    from eit_lab.train import main
+    from eit_lab.training.module import Classifier
+
+    def vanish(self: Classifier, *_: object) -> None:
+        if self.trainer.current_epoch == 1:
+            (here / "images").rename(here / "gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "on_train_epoch_start", vanish)
+        assert main(words) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eit_lab:")]
+    assert len(said) == 1
+    assert said[0].startswith("eit_lab: data.root: images/train/")
+    assert said[0].endswith("cannot be read: No such file or directory")
+    (here / "gone").rename(here / "images")
+    assert main(words) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the loss of some steps be not a number."""
+    from eit_lab.training.module import Classifier
+
+    def poison(*steps: int) -> None:
+        original = Classifier.training_step
+
+        def training_step(self: Classifier, *args: object) -> torch.Tensor:
+            loss = original(self, *args)
+            bad = self.trainer.global_step + 1 in steps
+            self._losses[-1] = self._losses[-1] * (torch.nan if bad else 1)
+            return loss * (torch.nan if bad else 1)
+
+        monkeypatch.setattr(Classifier, "training_step", training_step)
+
+    return poison
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_samples_and_norms_on_record(
+    here: Path, poisoned: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(17)
+    assert train("trainer.checkpoint_every_n_steps=5") == 1
+    folder = only_run(here / "runs")
+    assert "training is not finite any more: loss nan, gradient norm nan at step 17" in capsys.readouterr().err
+    facts = json.loads((folder / "nonfinite.json").read_text())
+    assert record_of(folder)["nonfinite"]["step"] == facts["step"] == 17
+    assert len(facts["sample_ids"]) == 16
+    assert len(facts["grad_norms"]) == 10
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["eit_lab"]["step"] == 15
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_the_configured_number(
+    here: Path, poisoned: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(5, 17)
+    assert train("recipe.skip_nonfinite=2") == 0
+    assert "skipped (2 of 2)" in capsys.readouterr().out
+    state = torch.load(only_run(here / "runs") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["skipped"] == 2
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+    moments = state["optimizer_states"][0]["state"]
+    assert {float(moment["step"]) for moment in moments.values()} == {26.0}  # 28 steps, two of them not taken
+    assert train("recipe.skip_nonfinite=1") == 1
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_and_accumulation_give_the_same_run(
+    command: Command, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from eit_lab.evaluate import main as evaluate
+
+    same = ("trainer.log_every_n_steps=1", "model.drop_path_rate=0.0")  # dropped paths are drawn by rank
+    for name, more in {
+        "one": (),
+        "accumulated": ("trainer.accumulate_grad_batches=2",),
+        "micro": ("trainer.micro_batch_size=5",),  # 16 images in 4 micro-batches
+    }.items():
+        assert train(*same, f"run.root={name}", *more) == 0
+    done = command("train", *DEBUG, *same, "run.root=two", "trainer.devices=2")
+    assert done.status == 0, done.err
+    one = only_run(here / "one")
+    assert len(losses(one)) == 28
+    for name in ("accumulated", "micro", "two"):
+        folder = only_run(here / name)
+        assert folder.name == one.name, "where a run is placed is not what it is"
+        assert losses(folder) == pytest.approx(losses(one), rel=2e-5)
+    two = only_run(here / "two")
+    assert record_of(two)["placement"]["world_size"] == 2
+    assert record_of(two)["command"] == [*DEBUG, *same, "run.root=two", "trainer.devices=2"]
+    assert record_of(only_run(here / "micro"))["placement"]["accumulate"] == 4
+    samples = [(two / "samples" / f"rank{rank}.csv").read_text().splitlines() for rank in (0, 1)]
+    joined = [f"{a} {b.partition(',')[2]}" for a, b in zip(*samples, strict=True)]
+    assert joined == (one / "samples" / "rank0.csv").read_text().splitlines()
+    capsys.readouterr()
+    assert evaluate([f"run={two}"]) == 0
+    assert "the same as on record, to the last digit" in capsys.readouterr().out  # 1 process, on record by 2
+    done = command("evaluate", f"run={one}", "trainer.devices=2")
+    assert done.status == 0, done.err
+    assert "the same as on record, to the last digit" in done.out
+
+
+def test_a_rank_that_dies_takes_the_run_down_with_one_line(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eit_lab.train", *DEBUG, "trainer.devices=2", "recipe.epochs=500"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/samples/rank1.csv")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "eit_lab: process 1 was killed by SIGKILL; the same command resumes" in said
+    assert not any(Path("/proc", child).exists() for child in children)
+
+
+def test_ranks_with_different_configs_stop_with_one_line(tmp_path: Path) -> None:
+    """As under a launcher of their own, where each rank composes what it was given."""
+    from eit_lab.processes import _free_port
+
+    port = str(_free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "eit_lab.train", *DEBUG, "trainer.devices=2", f"recipe.lr=0.00{rank + 1}"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=90)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    for text in said:
+        assert "eit_lab: every process must have the same configuration, data and code" in text
+
+
+def test_selftest_proves_it_in_one_process(command: Command) -> None:
+    done = command("selftest", "resume", "kills=2", "recipe.epochs=2")
+    assert done.status == 0, done.out + done.err
+    assert "killed: 2 times" in done.out
+    assert "identical to the last bit" in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", ["KILL", "KILL,TERM,USR2"])
+def test_selftest_proves_it_in_two_processes(signals: str, command: Command) -> None:
+    done = command("selftest", "resume", "processes=2", "kills=4", f"signals={signals}", "seed=1")
+    assert done.status == 0, done.out + done.err
+    assert "identical to the last bit" in done.out
+
+
+def test_selftest_sees_a_difference(here: Path) -> None:
+    assert train("run.root=one", "recipe.epochs=1") == 0
+    assert train("run.root=two", "recipe.epochs=1") == 0
+    one, two = only_run(here / "one"), only_run(here / "two")
+    assert list(compare(one, two)) == []
+    last = two / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    state["ema"]["state_dict"]["norm.bias"][0] += 1e-7
+    last.unlink()  # best.ckpt is the same file
+    torch.save(state, last)
+    (two / "samples" / "rank0.csv").write_text("")
+    differences = list(compare(one, two))
+    assert differences[0] == "last.ckpt ema state_dict norm.bias: values"
+    assert differences[1].startswith("samples/rank0.csv: ")
