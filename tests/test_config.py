@@ -51,7 +51,7 @@ WRONG = [
     (["trainer.devices=0"], "trainer.devices must be 1 or more, or -1 for all, got 0", "nearest: 1"),
     (["trainer.strategy=dpp"], "trainer.strategy must be one of auto, ddp", "nearest: ddp"),
     (["trainer.accelerator=gpus"], "trainer.accelerator must be one of", "nearest: gpu"),
-    (["trainer.devices=3"], "must divide the global recipe.batch_size (512), got 3", "nearest: 2 and 4"),
+    (["trainer.devices=3"], "must divide the global recipe.batch_size (512, in pairs), got 3", "nearest: 2 and 4"),
     (["data=digits", "recipe.batch_size=4096"], "at most the number of training images (1294), got 4096", "nearest: 1294"),
     (["-m", "data=digits", "recipe.batch_size=16,4096"], "at most the number of training images (1294), got 4096", ""),
     (["nonsense"], "'nonsense' is not an override", ""),

@@ -254,10 +254,11 @@ def test_stochastic_depth_drops_whole_rows_in_training_only() -> None:
 
 
 def test_weight_decay_spares_biases_norms_and_tokens() -> None:
-    from eit_lab.training.optim import parameter_groups
+    from eit_lab.config import RecipeConfig
+    from eit_lab.training.optim import group_parameters, parameter_groups
 
     model = build(dataclasses.replace(small(), pos_embed="learned"))
-    decay, spared = parameter_groups(model, weight_decay=0.05)
+    decay, spared = parameter_groups(model, group_parameters(model), RecipeConfig(weight_decay=0.05))
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decay["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert {names[id(p)] for p in decay["params"]} == {

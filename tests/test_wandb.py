@@ -534,8 +534,13 @@ def test_the_figure_says_of_each_image_what_it_is_and_what_it_was_taken_for(tmp_
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     loss = -np.log([0.25, 1e-5])
     mistakes = [Mistake(index=i, label=i, predicted=2, loss=float(x), image=image) for i, x in enumerate(loss)]
-    figure = mistakes_figure(mistakes, class_names=["cat", "a name of more letters", "dog"])
-    assert [axes.get_title() for axes in figure.axes] == ["cat → dog\np 0.25", "a name of mor… → dog\np 1e-05"]
+    figure = mistakes_figure(mistakes, class_names=["cat", "a name of very many letters", "dog"])
+    assert [axes.get_title() for axes in figure.axes] == [
+        "cat\n→ dog\np 0.25",
+        "a name of very many…\n→ dog\np 1e-05",
+    ]
+    short = mistakes_figure(mistakes, class_names=None)
+    assert short.axes[0].get_title() == "0 → 2\np 0.25"
     assert save_mistakes(tmp_path, mistakes) == tmp_path / "mistakes.png"
     with Image.open(tmp_path / "mistakes.png") as saved:
         assert saved.width > 300

@@ -126,7 +126,8 @@ def compose_points(
     with _hydra(config_dirs):
         given = _parse(overrides)
         fixed = [o.input_line or "" for o in given if not o.is_sweep_override()]
-        _, hydra_node = _compose(fixed, config_name, config_dirs, resolve=False)  # no point yet: nothing follows from it
+        # Not resolved: this is no point yet, so nothing can follow from a checkpoint.
+        _, hydra_node = _compose(fixed, config_name, config_dirs, resolve=False)
         named = {o.get_key_element() for o in given}
         params = [f"{key}={value}" for key, value in (hydra_node["sweeper"].get("params") or {}).items()]
         given += [o for o in _parse(params) if o.get_key_element() not in named]

@@ -390,8 +390,8 @@ class Config:
     def __post_init__(self) -> None:
         devices = self.trainer.devices
         count = len(devices) if isinstance(devices, tuple) else devices
-        if isinstance(count, int) and count > 0:  # else it is known on the machine only
-            micro_batches(self, world_size=count * self.trainer.num_nodes)
+        known = isinstance(count, int) and count > 0  # else it is known on the machine only
+        micro_batches(self, world_size=count * self.trainer.num_nodes if known and isinstance(count, int) else 1)
 
 
 def micro_batches(config: Config, *, world_size: int) -> tuple[int, int]:

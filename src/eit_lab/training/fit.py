@@ -195,6 +195,7 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     keeper.note_clock()
     record["steps"] = trainer.global_step
     finish(config, run, trainer, classifier, data, record, ranks)
+    ranks.close()
 
 
 def build_backbone(config: Config, facts: DataFacts) -> Backbone:

@@ -19,7 +19,7 @@ from eit_lab.runs import write_text
 
 _COLUMNS = 8
 _INCHES = 1.45  # side of one image in the figure
-_NAME_LETTERS = 14  # of a class name above an image
+_NAME_LETTERS = 20  # above an image; more would reach into the next title
 
 
 class ConfusionCount(NamedTuple):
@@ -115,19 +115,26 @@ def mistakes_figure(mistakes: Sequence[Mistake], *, class_names: Sequence[str] |
     """The images in rows of eight, worst first; above each what it is and what it was taken for."""
     columns = min(_COLUMNS, max(1, len(mistakes)))
     rows = max(1, math.ceil(len(mistakes) / columns))
-    figure = Figure(figsize=(_INCHES * max(columns, 3), (_INCHES + 0.5) * rows + 0.4), layout="constrained")
-    figure.suptitle(
-        "wrong answers with the highest loss: true class → answer, probability of the true class", fontsize=9
-    )
+    titles = _titles(mistakes, class_names)
+    lines = max((title.count("\n") + 1 for title in titles), default=1)
+    height = rows * (_INCHES + 0.17 * lines) + 0.4
+    figure = Figure(figsize=(_INCHES * max(columns, 3), height), layout="constrained")
+    figure.suptitle("worst mistakes: true class → answer, p of the true class", fontsize=9)
     places = figure.subplots(rows, columns, squeeze=False).flat
     for place, axes in enumerate(places):
         axes.set_axis_off()
         if place < len(mistakes):
-            mistake = mistakes[place]
-            title = " → ".join(_short(class_name(c, class_names)) for c in (mistake.label, mistake.predicted))
-            axes.imshow(mistake.image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(f"{title}\np {_probability(mistake.probability)}", fontsize=8)
+            axes.imshow(mistakes[place].image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(titles[place], fontsize=8)
     return figure
+
+
+def _titles(mistakes: Sequence[Mistake], class_names: Sequence[str] | None) -> list[str]:
+    """Short names side by side, long ones on lines of their own; the same way in the whole figure."""
+    pairs = [[_short(class_name(c, class_names)) for c in (m.label, m.predicted)] for m in mistakes]
+    long = any(len(" → ".join(pair)) > _NAME_LETTERS for pair in pairs)
+    between = "\n→ " if long else " → "
+    return [f"{between.join(pair)}\np {_probability(m.probability)}" for pair, m in zip(pairs, mistakes, strict=True)]
 
 
 def _short(name: str) -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from eit_lab.command import RunError
 from eit_lab.config import RecipeConfig
@@ -22,7 +23,7 @@ from eit_lab.models.backbone import Backbone
 from eit_lab.plan import Plan
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.metrics import evaluation_metrics
-from eit_lab.training.optim import build_optimizer
+from eit_lab.training.optim import build_optimizer, group_parameters
 from eit_lab.training.ranks import Ranks
 
 _NORMS_KEPT = 10
@@ -67,6 +68,7 @@ class Classifier(LightningModule):
         self.augment = augment
         self.ema = ema
         self.plan, self.ranks = plan, ranks  # of training only
+        self._grouping = group_parameters(model)
         suffixes = ("",) if ema is None else ("", "_ema")
         self.metrics = torch.nn.ModuleDict(
             {part: evaluation_metrics(part, suffixes=suffixes) for part in ("val", "test")}
@@ -116,7 +118,7 @@ class Classifier(LightningModule):
         """
         assert self.ranks is not None
         assert self.plan is not None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = self._gradient_norm()
         loss, grad_norm = self.ranks.mean(
             torch.stack([torch.stack(self._losses).mean().float(), norm.float()])
         ).tolist()
@@ -128,6 +130,12 @@ class Classifier(LightningModule):
             self._skip_or_stop(optimizer)
         self._losses.clear()
         self._indices.clear()
+
+    def _gradient_norm(self) -> Tensor:
+        sharded = self.trainer.strategy.model
+        if isinstance(sharded, FullyShardedDataParallel):
+            return sharded.clip_grad_norm_(math.inf)  # of all shards; clips nothing
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
     def _skip_or_stop(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.ranks is not None
@@ -167,7 +175,8 @@ class Classifier(LightningModule):
         assert self.plan is not None
         # NOTE: Lightning refuses to clip for a fused optimizer under any mixed precision, a scaler or not.
         mixed = str(self.trainer.precision).endswith("-mixed")
-        optimizer = build_optimizer(self.model, self.recipe, fused=not (mixed and self.trainer.gradient_clip_val))
+        fused = not (mixed and self.trainer.gradient_clip_val)
+        optimizer = build_optimizer(self.model, self.recipe, grouping=self._grouping, fused=fused)
         plan = self.plan
 
         def factor(step: int) -> float:

@@ -24,6 +24,12 @@ class Ranks:
             self.rank = trainer.global_rank
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
+    def close(self) -> None:
+        """Take leave in order: a process that ends with the group still open may abort at its very end."""
+        if self._group is not None:
+            self._group = None
+            dist.destroy_process_group()
+
     @property
     def is_main(self) -> bool:
         """True in the process that writes."""
