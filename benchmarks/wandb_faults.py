@@ -153,13 +153,13 @@ def train(fault: Fault | None, *, init_timeout_s: float, finish_timeout_s: float
         seconds = time.perf_counter() - began
         (path,) = Path(name).glob("runs/*/record.json")
         result = json.loads(path.read_text())["result"] or {}
-        at_server = [run.exit_code for run in server.runs.values()]
+        at_server = [str(run.exit_code) for run in server.runs.values() if run.exit_code is not None]
         return [
             "metrics.csv alone" if fault is None else fault.name,
             str(done.returncode),
             f"{seconds:.1f}",
             f"{result.get('test/loss', float('nan')):.6f}",
-            ", ".join(map(str, at_server)) or "-",
+            ", ".join(at_server) or "-",
             "says how" if "wandb sync" in done.stdout + done.stderr else "nothing to do",
         ]
 
@@ -181,8 +181,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--init-timeout-s", type=float, default=3.0, help="logger.init_timeout_s")
-    parser.add_argument("--finish-timeout-s", type=float, default=3.0, help="logger.finish_timeout_s")
+    parser.add_argument("--init-timeout-s", type=float, default=5.0, help="logger.init_timeout_s")
+    parser.add_argument("--finish-timeout-s", type=float, default=5.0, help="logger.finish_timeout_s")
     parser.add_argument("--configured", action="store_true", help="also with the limits that the configuration has")
     parser.add_argument("--train", action="store_true", help="also through the real command")
     args = parser.parse_args()

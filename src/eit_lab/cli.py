@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "the five likeliest classes of an image",
     "export": "torch.export, ONNX or safetensors, checked",
     "report": "table and figure from records",
+    "selftest": "prove that a killed run comes back as the run that was never killed",
 }
 
 
