@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -48,6 +49,24 @@ def command(tmp_path: Path) -> Callable[..., Done]:
         return Done(done.returncode, done.stdout, done.stderr, spent)
 
     return run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, and the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def only_run(root: Path) -> Path:
+    """The folder of the one run below a root."""
+    (folder,) = (path.parent for path in root.glob("*/record.json"))
+    return folder
+
+
+def record_of(folder: Path) -> dict:
+    """A run's record."""
+    return json.loads((folder / "record.json").read_text())
 
 
 @pytest.fixture(scope="session")

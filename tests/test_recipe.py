@@ -10,24 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINY, TINY_MODEL
+from conftest import TINY, TINY_MODEL, only_run
 from eit_lab import published
 from eit_lab.compose import compose_one
 from eit_lab.config import ConfigError, RecipeConfig, micro_batches
 from eit_lab.data.catalog import describe
 from eit_lab.learning_rate import learning_rate
 from eit_lab.plan import plan
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def only_run(root: Path) -> Path:
-    (folder,) = (path.parent for path in root.glob("*/record.json"))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -39,9 +28,18 @@ def test_eit300_is_the_published_recipe(size: str, batch: int, lr: float, steps:
     r = config.recipe
     assert (r.epochs, r.batch_size, r.lr, r.warmup_epochs, r.warmup_lr, r.min_lr) == (300, batch, lr, 5, 1e-6, 1e-5)
     assert (r.weight_decay, r.eps, r.label_smoothing) == (0.05, 1e-8, 0.1)
-    assert (r.rand_augment, r.random_erasing_prob, r.mixup_alpha, r.cutmix_alpha) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0)
+    assert (r.rand_augment, r.random_erasing_prob, r.mixup_alpha, r.cutmix_alpha) == (
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+        0.8,
+        1.0,
+    )
     assert (r.mixup_prob, r.mixup_switch_prob, r.repeated_augment, r.ema_decay) == (1.0, 0.5, 3, 0.99996)
-    assert (config.trainer.gradient_clip_val, config.model.drop_path_rate, config.model.pos_embed) == (None, 0.0, "none")
+    assert (config.trainer.gradient_clip_val, config.model.drop_path_rate, config.model.pos_embed) == (
+        None,
+        0.0,
+        "none",
+    )
     assert r.reference == size
     assert 1_281_167 // r.batch_size == steps
     assert published.GLOBAL_BATCH[size] == batch
@@ -67,11 +65,13 @@ def test_the_device_batch_follows_from_the_global_one() -> None:
         (["model=eit_mini"], 8, (128, 1)),
     ):
         assert micro_batches(compose_one([*base, *words]), world_size=world_size) == expected
-    with pytest.raises(ConfigError, match=r"must divide the global recipe.batch_size \(512, in pairs\), got 6; nearest: 4 and 8"):
+    with pytest.raises(
+        ConfigError, match=r"must divide the global recipe.batch_size \(512, in pairs\), got 6; nearest: 4 and 8"
+    ):
         compose_one([*base, "trainer.devices=6"])
     with pytest.raises(ConfigError, match=r"trainer.accumulate_grad_batches must divide .* got 3; nearest: 2 and 4"):
         compose_one([*base, "trainer.accumulate_grad_batches=3"])
-    with pytest.raises(ConfigError, match="recipe.mixup_group must be even"):
+    with pytest.raises(ConfigError, match=r"recipe\.mixup_group must be even"):
         compose_one([*base, "recipe.mixup_group=5"])
 
 
@@ -92,7 +92,14 @@ def test_the_learning_rate_of_a_run_is_the_schedules(here: Path) -> None:
 
     for words in ((), ("recipe.published_lr=true",)):
         root = f"run{len(words)}"
-        overrides = [*TINY, *words, "recipe.epochs=4", "recipe.warmup_epochs=1.5", "trainer.log_every_n_steps=1", f"run.root={root}"]
+        overrides = [
+            *TINY,
+            *words,
+            "recipe.epochs=4",
+            "recipe.warmup_epochs=1.5",
+            "trainer.log_every_n_steps=1",
+            f"run.root={root}",
+        ]
         assert main(overrides) == 0
         config = compose_one(overrides)
         cut = plan(config, describe(config.data))
@@ -113,14 +120,18 @@ def test_layer_decay_falls_from_the_head_down() -> None:
     model = create_model("eit_mini", num_classes=10)
     recipe = RecipeConfig(lr=1.0, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in build_optimizer(model, recipe).param_groups for p in group["params"]}
+    rates = {
+        names[id(p)]: group["lr"] for group in build_optimizer(model, recipe).param_groups for p in group["params"]
+    }
     assert rates.keys() == dict(model.named_parameters()).keys()
     assert rates["head.weight"] == rates["norm.bias"] == 1.0
     assert [rates[f"blocks.{layer}.mlp.fc1.weight"] for layer in range(5)] == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5]
     assert rates["stem.conv.weight"] == rates["cls_token"] == 0.5**6
 
 
-def test_averaged_weights_are_the_running_average_of_every_steps_weights(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averaged_weights_are_the_running_average_of_every_steps_weights(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from eit_lab.train import main
     from eit_lab.training.ema import WeightAverage
 
@@ -153,7 +164,14 @@ def test_a_run_says_how_far_it_is_from_the_published_epoch(
 ) -> None:
     from eit_lab.train import main
 
-    words = [*TINY_MODEL, "recipe=eit300", "recipe.reference=mini", "recipe.batch_size=8", "recipe.epochs=3", "data.num_workers=0"]
+    words = [
+        *TINY_MODEL,
+        "recipe=eit300",
+        "recipe.reference=mini",
+        "recipe.batch_size=8",
+        "recipe.epochs=3",
+        "data.num_workers=0",
+    ]
     assert main([*words, "data=imagenet", f"data.root={lookalike}", "data.img_size=32", "data.val_size=4"]) == 0
     folder = only_run(here / "runs")
     progress = json.loads((folder / "record.json").read_text())["progress"]
@@ -199,7 +217,8 @@ def test_keys_are_clean_under_compile(here: Path) -> None:
     assert main([*words, "run.root=plain"]) == 0
     assert main([*words, "trainer.compile=true", "run.root=compiled"]) == 0
     plain, compiled = (
-        torch.load(only_run(here / root) / "checkpoints" / "last.ckpt", weights_only=True) for root in ("plain", "compiled")
+        torch.load(only_run(here / root) / "checkpoints" / "last.ckpt", weights_only=True)
+        for root in ("plain", "compiled")
     )
     assert plain["state_dict"].keys() == compiled["state_dict"].keys()
     assert plain["ema"]["state_dict"].keys() == compiled["ema"]["state_dict"].keys()

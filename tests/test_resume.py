@@ -10,24 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import TINY, TINY_MODEL, Done
+from conftest import TINY, TINY_MODEL, Done, only_run, record_of
 from eit_lab.selftest import compare
 
 Command = Callable[..., Done]
 # Every part of the recipe on: mixing, erasing, RandAugment, repeats, averaged weights; and dropped paths.
 DEBUG = (*TINY, "recipe=debug", "data.num_samples=256", "model.drop_path_rate=0.2", "trainer.record_samples=true")
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def train(*args: str) -> int:
@@ -36,22 +30,13 @@ def train(*args: str) -> int:
     return main([*DEBUG, *args])
 
 
-def only_run(root: Path) -> Path:
-    (folder,) = (path.parent for path in root.glob("*/record.json"))
-    return folder
-
-
-def record_of(folder: Path) -> dict:
-    return json.loads((folder / "record.json").read_text())
-
-
 def losses(folder: Path) -> list[float]:
     with (folder / "metrics.csv").open(newline="") as handle:
         return [float(row["train/loss"]) for row in csv.DictReader(handle) if row["train/loss"]]
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have this process send itself a signal while a given step, validation or test runs."""
     from eit_lab.training.module import Classifier
 
@@ -66,7 +51,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]
 
         monkeypatch.setattr(Classifier, hook, and_then)
 
-    yield arrange
+    return arrange
 
 
 @pytest.mark.parametrize(
@@ -175,7 +160,9 @@ def test_a_state_of_another_run_is_refused(here: Path, capsys: pytest.CaptureFix
     assert f"is of the run {record_of(one)['identity']}, not of {record_of(two)['identity']}" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_state_is_intact(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_line_and_the_last_good_state_is_intact(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train("recipe.epochs=1", "run.root=alone") == 0
     size = (only_run(here / "alone") / "checkpoints" / "last.ckpt").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -202,7 +189,14 @@ def test_a_vanished_data_root_is_one_line_and_the_run_goes_on_when_it_is_back(
     here: Path, lookalike: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "images").symlink_to(lookalike)
-    words = [*TINY_MODEL, "data=imagenet", "data.root=images", "data.img_size=32", "data.num_workers=1", "data.val_size=4"]
+    words = [
+        *TINY_MODEL,
+        "data=imagenet",
+        "data.root=images",
+        "data.img_size=32",
+        "data.num_workers=1",
+        "data.val_size=4",
+    ]
     words += ["recipe=debug", "recipe.batch_size=8"]
     from eit_lab.train import main
     from eit_lab.training.module import Classifier

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from conftest import TINY, TINY_MODEL, Done
+from conftest import TINY, TINY_MODEL, Done, only_run, record_of
 from eit_lab.compose import compose_one
 from eit_lab.data.catalog import describe
 from eit_lab.runs import identity
@@ -25,25 +25,10 @@ from eit_lab.runs import identity
 Command = Callable[..., Done]
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def train(*args: str) -> int:
     from eit_lab.train import main
 
     return main([*TINY, *args])
-
-
-def only_run(root: Path) -> Path:
-    (folder,) = (path.parent for path in root.glob("*/record.json"))
-    return folder
-
-
-def record_of(folder: Path) -> dict:
-    return json.loads((folder / "record.json").read_text())
 
 
 def metrics_of(folder: Path) -> list[dict[str, str]]:

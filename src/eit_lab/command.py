@@ -24,12 +24,19 @@ class StoppedError(Exception):
         self.signum, self.step = signum, step
 
 
-def run(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Run a command's body on its arguments; what the user got wrong becomes one line and exit status 2."""
+def run(body: Callable[[list[str]], int], argv: Sequence[str] | None, *, help_text: str | None = None) -> int:
+    """Run a command's body on its arguments; what the user got wrong becomes one line and exit status 2.
+
+    A command with ``help_text`` prints it where it was asked to, or was told nothing.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if help_text is not None and (not arguments or "--help" in arguments or "-h" in arguments):
+        print(help_text)
+        return 0
     from eit_lab.config import ConfigError
 
     try:
-        return body(list(sys.argv[1:] if argv is None else argv))
+        return body(arguments)
     except ConfigError as error:
         print(f"eit_lab: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT

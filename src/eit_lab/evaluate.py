@@ -42,13 +42,10 @@ _OPTIONS: dict[str, Sequence[str] | None] = {"part": ("test", "val"), "data": No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, 1 when the number differs from the record, 2 for wrong input."""
-    return command.run(_main, argv)
+    return command.run(_main, argv, help_text=_HELP)
 
 
 def _main(argv: list[str]) -> int:
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_HELP)
-        return 0
     from eit_lab.config import ConfigError
     from eit_lab.processes import count_ranks, die_with_parent, run_ranks, started_by_launcher, typed_command
     from eit_lab.trained import find, take_apart

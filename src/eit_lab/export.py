@@ -49,13 +49,10 @@ The other options are those of python -m eit_lab.evaluate.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, 1 when the file's logits are not the model's, 2 for wrong input."""
-    return command.run(_main, argv)
+    return command.run(_main, argv, help_text=_HELP)
 
 
 def _main(argv: list[str]) -> int:
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_HELP)
-        return 0
     from eit_lab.config import ConfigError
     from eit_lab.trained import find, take_apart
 

@@ -26,13 +26,10 @@ or coloured as the model needs them.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, 2 for wrong input or a file that is no image."""
-    return command.run(_main, argv)
+    return command.run(_main, argv, help_text=_HELP)
 
 
 def _main(argv: list[str]) -> int:
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_HELP)
-        return 0
     from eit_lab.config import ConfigError
     from eit_lab.trained import find, take_apart
 

@@ -52,16 +52,13 @@ _STARTS_PER_KILL = 4  # a run may be killed before its first checkpoint, so that
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, 1 when the two runs differ, 2 for wrong input."""
-    return command.run(_main, argv)
+    return command.run(_main, argv, help_text=_HELP)
 
 
 def _main(argv: list[str]) -> int:
     from eit_lab.config import ConfigError
     from eit_lab.loading import nearest
 
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_HELP)
-        return 0
     if argv[0] != "resume":
         raise ConfigError(f"selftest must be one of resume, got {argv[0]!r}{nearest(argv[0], ['resume'])}")
     options, overrides = _take_options(argv[1:])
@@ -113,7 +110,11 @@ def _resume(options: Mapping[str, str], overrides: Sequence[str], folder: Path) 
     from eit_lab.data.prepare import prepare
     from eit_lab.plan import plan
 
-    words = [*_SMALL, "logger=none", *overrides, f"trainer.devices={options['processes']}", "trainer.record_samples=true",
+    chosen = {
+        word.partition("=")[0] for word in overrides
+    }  # groups of the user's own: ours, and what we set in them, go
+    small = [word for word in _SMALL if word.partition("=")[0].partition(".")[0] not in chosen]
+    words = [*small, "logger=none", *overrides, f"trainer.devices={options['processes']}", "trainer.record_samples=true",
              "trainer.progress_bar=false"]  # fmt: skip
     config = compose_one(words)
     total = plan(config, prepare(config), world_size=int(options["processes"])).total_steps

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 
-from eit_lab.command import RunError, StoppedError
+from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError, StoppedError
 from eit_lab.config import Config, ImageNetData, WandbLogger
 from eit_lab.data.augment import BatchAugment
 from eit_lab.data.module import ImageData
@@ -44,6 +44,7 @@ from eit_lab.training.trainer import build_trainer, device_name, quiet_lightning
 from eit_lab.training.wandb_log import WandbLog
 
 _LINES_OF_ERROR = 12
+_EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 
 
 def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _status(error: BaseException) -> str:
 
 def _close(loggers: list[Logger], record: dict[str, Any]) -> str | None:
     """End the trackers with the true exit code; the line that says how to sync what is not on their server."""
-    exit_code = 0 if record["status"] == "finished" else 1
+    exit_code = _EXIT_CODES.get(record["status"], EXIT_FAILED)
     lines = [log.close(exit_code) for log in loggers if isinstance(log, WandbLog)]
     return next((line for line in lines if line), None)
 

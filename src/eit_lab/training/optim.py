@@ -12,7 +12,6 @@ import torch
 from eit_lab.config import RecipeConfig
 from eit_lab.models.backbone import Backbone
 
-
 Grouping = dict[str, tuple[int, bool]]
 """Parameter name -> (times that the layer decay applies, whether weight decay does)."""
 _WRAPPED = "_fsdp_wrapped_module."
