@@ -372,3 +372,15 @@ def test_selftest_sees_a_difference(here: Path) -> None:
     differences = list(compare(one, two))
     assert differences[0] == "last.ckpt ema state_dict norm.bias: values"
     assert differences[1].startswith("samples/rank0.csv: ")
+
+
+@pytest.mark.slow
+def test_selftest_proves_it_on_image_files_with_loader_processes(command: Command, lookalike: Path) -> None:
+    """The killed run's loader processes live on for some seconds, and must not hold its folder."""
+    done = command(
+        "selftest", "resume", "kills=3", "seed=2", "data=imagenet", f"data.root={lookalike}", "data.img_size=32",
+        "data.val_size=4", "data.num_workers=2", "recipe=debug", "recipe.batch_size=8", "recipe.epochs=6",
+        "trainer.accelerator=cpu", "trainer.checkpoint_every_n_steps=2",
+    )  # fmt: skip
+    assert done.status == 0, done.out + done.err
+    assert "identical to the last bit" in done.out

@@ -285,7 +285,10 @@ def test_without_a_key_nobody_is_asked_and_the_run_is_offline(
 # ------------------------------------------------------------------------------------------- a server that fails, hangs, dies
 
 
-@pytest.mark.parametrize("fault", ["refused", "401", pytest.param("500", marks=pytest.mark.slow), "hang"])
+@pytest.mark.parametrize(
+    "fault",
+    ["refused", pytest.param("401", marks=pytest.mark.slow), pytest.param("500", marks=pytest.mark.slow), "hang"],
+)
 def test_a_bad_start_costs_no_more_than_its_seconds_and_the_run_goes_on_offline(
     fault: Any, server: WandbServer, make_log: MakeLog, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         if self.lock is not None:
+            _HELD.discard(self.lock)
             self.lock.close()
 
     @property
@@ -203,6 +204,7 @@ def claim(config: Config, facts: DataFacts) -> Run:
         aside = folder.parent / ".replaced" / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
+        _HELD.discard(lock)
         lock.close()
         folder.mkdir()
         return Run(folder, run_id, "new", _hold(folder))
@@ -214,6 +216,18 @@ def claim(config: Config, facts: DataFacts) -> Run:
 
 def _unwritable(config: Config, error: OSError) -> ConfigError:
     return ConfigError(f"run.root must be a folder that can be written, got {config.run.root!r}: {error.strerror}")
+
+
+_HELD: set[IO[str]] = set()
+
+
+def _forget_locks() -> None:
+    """In a forked process, a loader's worker: it must not go on holding a run when its parent has been killed."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _hold(folder: Path) -> IO[str]:
@@ -232,6 +246,7 @@ def _hold(folder: Path) -> IO[str]:
     handle.truncate()
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     handle.flush()
+    _HELD.add(handle)
     return handle
 
 

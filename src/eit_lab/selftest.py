@@ -110,9 +110,8 @@ def _resume(options: Mapping[str, str], overrides: Sequence[str], folder: Path) 
     from eit_lab.data.prepare import prepare
     from eit_lab.plan import plan
 
-    chosen = {
-        word.partition("=")[0] for word in overrides
-    }  # groups of the user's own: ours, and what we set in them, go
+    # Where the user chose a group, our choice and what we set in it go.
+    chosen = {word.partition("=")[0] for word in overrides}
     small = [word for word in _SMALL if word.partition("=")[0].partition(".")[0] not in chosen]
     words = [*small, "logger=none", *overrides, f"trainer.devices={options['processes']}", "trainer.record_samples=true",
              "trainer.progress_bar=false"]  # fmt: skip
