@@ -120,8 +120,13 @@ def _status(error: BaseException) -> str:
 def _close(loggers: list[Logger], record: dict[str, Any]) -> str | None:
     """End the trackers with the true exit code; the line that says how to sync what is not on their server."""
     exit_code = _EXIT_CODES.get(record["status"], EXIT_FAILED)
-    lines = [log.close(exit_code) for log in loggers if isinstance(log, WandbLog)]
-    return next((line for line in lines if line), None)
+    sync = None
+    for log in loggers:
+        if isinstance(log, WandbLog):
+            sync = log.close(exit_code)
+            seconds = {"start": log.start_s, "longest_call": log.longest_call_s, "close": log.close_s}
+            record["wandb"] = {"mode": log.mode_now, "url": log.url, "seconds": seconds}
+    return sync
 
 
 def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[str, Any], loggers: list[Logger]) -> None:
