@@ -116,7 +116,7 @@ def test_damaged_files_are_one_line(here: Path, capsys: pytest.CaptureFixture[st
     assert train("recipe.epochs=1") == 2
     assert (
         f"{last.relative_to(here)} is damaged and cannot be resumed from, nor is there a good one before it; "
-        "run.overwrite=true" in capsys.readouterr().err
+        "move the run's folder away to start anew" in capsys.readouterr().err
     )
     record.write_text("{")
     assert train("recipe.epochs=1") == 2
@@ -135,7 +135,9 @@ def test_the_summary_counts_the_steps_that_will_run() -> None:
         (("trainer.max_steps=500",), 500),
         (("trainer.max_steps=500", "trainer.max_epochs=1"), 3),
         (("trainer.limit_train_batches=1",), 2),
-        (("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=0.5"), 4),
+        (("trainer.limit_train_batches=0.7",), 4),
+        (("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=0.7"), 4),
+        (("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=1"), 2),
         (("debug=one_batch",), 1),
     ):
         config = compose_one([*TINY, *args])
@@ -236,7 +238,7 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(here: Path) -> None:
-    args = [sys.executable, "-m", "eit_lab.train", *TINY, "recipe.epochs=40", "data.num_samples=640"]
+    args = [sys.executable, "-m", "eit_lab.train", *TINY, "recipe.epochs=12", "data.num_samples=640"]
     killed = subprocess.Popen(args, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while not list(here.glob("runs/*/checkpoints/last.ckpt")):
@@ -256,7 +258,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(here: Path) -> No
     assert record_of(only_run(here / "runs"))["status"] == "finished"
     rows = (only_run(here / "runs") / "metrics.csv").read_text().splitlines()
     epochs = [int(row.split(",")[1]) for row in rows[1:] if row.split(",")[rows[0].split(",").index("val/acc1")]]
-    assert epochs == list(range(40))
+    assert epochs == list(range(12))
 
 
 def test_ctrl_c_says_how_to_resume(here: Path) -> None:
@@ -291,9 +293,10 @@ def test_what_only_the_machine_can_refuse_is_one_line_too(here: Path, capsys: py
     assert "eit_lab: trainer: Lightning refuses accelerator=tpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_other_precisions_train_and_clip(precision: str, here: Path) -> None:
-    assert train(f"trainer.precision={precision}", "trainer.gradient_clip_val=0.5", "recipe.epochs=1") == 0
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_train_clip_and_average(precision: str, here: Path) -> None:
+    words = (f"trainer.precision={precision}", "trainer.gradient_clip_val=0.5", "recipe=debug", "recipe.epochs=1")
+    assert train(*words) == 0
     assert record_of(only_run(here / "runs"))["placement"]["precision"] == precision
 
 

@@ -331,10 +331,10 @@ class TrainerConfig:
     peak_tflops: PosFloat | None = _opt(
         None, "the device's peak in 1e12 floating-point operations per second, for perf/mfu; null: known for some GPUs"
     )
-    limit_train_batches: Batches = _opt(1.0, "micro-batches per epoch: a number, or a share")
-    limit_val_batches: Batches = _opt(1.0, "validation batches: a number, or a share")
-    limit_test_batches: Batches = _opt(1.0, "test batches: a number, or a share")
-    overfit_batches: NonNegInt = _opt(0, "train on the same few batches again and again; 0: off")
+    limit_train_batches: Batches = _opt(1.0, "global batches (steps) per epoch: a number, or a share")
+    limit_val_batches: Batches = _opt(1.0, "validation batches over all devices: a number, or a share")
+    limit_test_batches: Batches = _opt(1.0, "test batches over all devices: a number, or a share")
+    overfit_batches: NonNegInt = _opt(0, "train on the same few global batches again and again; 0: off")
     deterministic: Flag = _opt(False, "refuse operations that have no repeatable form (CPU runs repeat without it)")
     profiler: Literal["simple", "advanced", "pytorch"] | None = _opt(None, "Lightning's profiler")
     progress_bar: Flag = _opt(True, "show a bar with the time that is left")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from eit_lab.config import Config, micro_batches
+from eit_lab.config import Config, ConfigError, micro_batches
 from eit_lab.runs import DataFacts
 
 
@@ -35,10 +35,13 @@ def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
     """The counts of a run. max_steps alone may go on past the recipe's epochs; with max_epochs the smaller one holds."""
     micro_batch, accumulate = micro_batches(config, world_size=world_size)
     t = config.trainer
-    batches = facts.num_train // config.recipe.batch_size * accumulate
+    steps = whole = facts.num_train // config.recipe.batch_size
     limit = t.overfit_batches or t.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = math.ceil(batches / accumulate)
+    steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+    if steps < 1:
+        raise ConfigError(
+            f"trainer.limit_train_batches must leave one of the {whole} batches of an epoch, got {limit}; nearest: 1"
+        )
     epochs = t.max_epochs or (None if t.max_steps else config.recipe.epochs)
     by_epochs = steps * epochs if epochs else None
     return Plan(
@@ -46,7 +49,7 @@ def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
         batch_size=config.recipe.batch_size,
         micro_batch=micro_batch,
         accumulate=accumulate,
-        batches_per_epoch=batches,
+        batches_per_epoch=steps * accumulate,
         steps_per_epoch=steps,
         total_steps=min(count for count in (by_epochs, t.max_steps) if count is not None),
     )

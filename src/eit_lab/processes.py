@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from eit_lab.command import EXIT_WRONG_INPUT, RunError
+from eit_lab.command import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, RunError
 from eit_lab.config import Config, TrainerConfig
 
 COMMAND = "EIT_LAB_COMMAND"
@@ -31,6 +31,7 @@ COMMAND = "EIT_LAB_COMMAND"
 PARENT = "EIT_LABPARENT"
 """Environment variable: the process without which this one must not go on."""
 _GRACE_S = 10.0  # between the death of one rank and the end of the others
+_LAST_SECONDS = 3.0  # after Ctrl-C for the second time
 _POLL_S = 0.05
 _LAST_LINES = 5
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -73,25 +74,30 @@ def _count_gpus(trainer: TrainerConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_ranks(module: str, frozen: str, *, count: int, command: Sequence[str]) -> int:
+class RankLostError(RunError):
+    """A process of a run failed before, or without, rank 0."""
+
+    def __init__(self, message: str, *, said: str, main_status: int) -> None:
+        super().__init__(message)
+        self.said = said
+        """The last lines of its output."""
+        self.main_status = main_status
+        """How rank 0 ended, when it then did."""
+
+
+def run_ranks(module: str, frozen: str, *, count: int, command: Sequence[str], patience_s: float = _GRACE_S) -> int:
     """Start ``python -m MODULE --frozen FILE`` once for each rank, watch over them, and return rank 0's exit status.
 
-    ``frozen`` is the file's content: the resolved config. Raises RunError when a rank dies without rank 0 saying why.
+    ``frozen`` is the file's content: the resolved config. After the first failure the others have ``patience_s`` seconds to
+    end by themselves. Raises RankLostError when another rank than 0 was the first to fail.
     """
     with tempfile.TemporaryDirectory(prefix="eit_lab-ranks-") as scratch:
         config = Path(scratch, "config.yaml")
         config.write_text(frozen)
         port = _free_port()
         ranks: list[subprocess.Popen[bytes]] = []
-        received: list[int] = []
-
-        def hand_on(signum: int, _: FrameType | None) -> None:
-            received.append(signum)
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(signum)
-
-        before = {signum: signal.signal(signum, hand_on) for signum in _HANDED_ON}
+        asked = _Asked(ranks)
+        before = {signum: signal.signal(signum, asked.hand_on) for signum in _HANDED_ON}
         try:
             for rank in range(count):
                 with ExitStack() as files:
@@ -106,9 +112,9 @@ def run_ranks(module: str, frozen: str, *, count: int, command: Sequence[str]) -
                             start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor only, which hands it on
                         )
                     )
-                for signum in received:  # what came while this rank was being started
+                for signum in asked.signals:  # what came while this rank was being started
                     ranks[-1].send_signal(signum)
-            return _watch(ranks, Path(scratch))
+            return _watch(ranks, asked, Path(scratch), patience_s)
         finally:
             for rank_process in ranks:
                 if rank_process.poll() is None:
@@ -118,36 +124,67 @@ def run_ranks(module: str, frozen: str, *, count: int, command: Sequence[str]) -
                 signal.signal(signum, handler)
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]], scratch: Path) -> int:
-    """Wait for all; after the first failure the others have some seconds to end by themselves."""
-    failed_at: float | None = None
-    first_failed: int | None = None
+class _Asked:
+    """The signals that came, handed on to every rank."""
+
+    def __init__(self, ranks: list[subprocess.Popen[bytes]]) -> None:
+        self.ranks = ranks
+        self.signals: list[int] = []
+        self.out_at: float | None = None
+        """When Ctrl-C came for the second time."""
+
+    def hand_on(self, signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in self.signals and self.out_at is None:
+            self.out_at = time.monotonic()
+        self.signals.append(signum)
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.send_signal(signum)
+
+    def obeyed(self, status: int) -> bool:
+        """Whether a rank ended as it was asked to: its state saved, or before there was any."""
+        return status in (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) or -status in self.signals
+
+    def exit_status(self) -> int:
+        return EXIT_INTERRUPTED if signal.SIGINT in self.signals else EXIT_PREEMPTED
+
+
+def _watch(ranks: Sequence[subprocess.Popen[bytes]], asked: _Asked, scratch: Path, patience_s: float) -> int:
+    """Wait for all; the first failure sets the others a time, and Ctrl-C for the second time a short one."""
+    first_failed, failed_at = None, 0.0
     while any(rank.poll() is None for rank in ranks):
         for number, rank in enumerate(ranks):
-            if first_failed is None and rank.poll() not in (None, 0):
+            status = rank.poll()
+            if first_failed is None and status is not None and not asked.obeyed(status):
                 first_failed, failed_at = number, time.monotonic()
-        grace = 0.0 if ranks[0].poll() == EXIT_WRONG_INPUT else _GRACE_S  # found before anything began
-        if failed_at is not None and time.monotonic() - failed_at > grace:
+        patience = 0.0 if ranks[0].poll() == EXIT_WRONG_INPUT else patience_s  # found before anything began
+        late = first_failed is not None and time.monotonic() - failed_at > patience
+        if late or (asked.out_at is not None and time.monotonic() - asked.out_at > _LAST_SECONDS):
             for rank in ranks:
                 if rank.poll() is None:
                     rank.kill()
         time.sleep(_POLL_S)
     statuses = [rank.returncode for rank in ranks]
+    if asked.out_at is not None:
+        return EXIT_INTERRUPTED
     if first_failed is None:
-        first_failed = next((number for number, status in enumerate(statuses) if status), None)
+        first_failed = next((number for number, status in enumerate(statuses) if not asked.obeyed(status)), None)
     if first_failed is None:
-        return 0
-    if statuses[0] > 0 and (first_failed == 0 or statuses[0] == statuses[first_failed]):
+        return statuses[0] if statuses[0] >= 0 else asked.exit_status()
+    if statuses[0] == EXIT_WRONG_INPUT or (first_failed == 0 and statuses[0] > 0):
         return statuses[0]  # rank 0 has said why
-    raise RunError(_epitaph(first_failed, statuses[first_failed], scratch))
-
-
-def _epitaph(number: int, status: int, scratch: Path) -> str:
+    said = _last_words(scratch / f"rank{first_failed}")
+    status = statuses[first_failed]
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    output = scratch / f"rank{number}"
-    lines = output.read_text(errors="replace").splitlines()[-_LAST_LINES:] if output.exists() else []
-    said = " | ".join(line.strip() for line in lines if line.strip())
-    return f"process {number} {how}{f': {said}' if said else ''}; the same command resumes"
+    message = f"process {first_failed} {how}{f': {said}' if said else ''}; the same command resumes"
+    raise RankLostError(message, said=said, main_status=statuses[0])
+
+
+def _last_words(output: Path) -> str:
+    """Our own line at the end of a rank's output, or else its last lines."""
+    lines = [line.strip() for line in output.read_text(errors="replace").splitlines()] if output.exists() else []
+    ours = [line.removeprefix("eit_lab: ") for line in lines if line.startswith("eit_lab: ")]
+    return ours[-1] if ours else " | ".join([line for line in lines if line][-_LAST_LINES:])
 
 
 def _rank_environment(rank: int, *, count: int, port: int, command: Sequence[str]) -> Mapping[str, str]:

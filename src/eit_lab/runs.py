@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -50,7 +51,6 @@ PLACEMENT = (
     "trainer.strategy",
     "trainer.micro_batch_size",
     "trainer.accumulate_grad_batches",
-    "trainer.eval_batch_size",
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_minutes",
     "trainer.checkpoint_every_n_steps",
@@ -185,22 +185,30 @@ def claim(config: Config, facts: DataFacts) -> Run:
             return Run(folder, run_id, "finished")
         return Run(folder, run_id, "new")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        return _claim(config, folder, run_id)
     except OSError as error:
-        raise _unwritable(config, error) from None
+        raise ConfigError(
+            f"run.root must be a folder that can be written, got {config.run.root!r}: {error.strerror} "
+            f"({error.filename})"
+        ) from None
+
+
+def _claim(config: Config, folder: Path, run_id: str) -> Run:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir()
         return Run(folder, run_id, "new", _hold(folder))
     except FileExistsError:
-        pass
-    except OSError as error:
-        raise _unwritable(config, error) from None
+        if not folder.is_dir():
+            raise
     record = read_record(folder)
     finished = record is not None and record["status"] == "finished"
     if finished and not config.run.overwrite:
         return Run(folder, run_id, "finished")
     lock = _hold(folder)
-    if config.run.overwrite:
+    # A run that itself began by overwriting goes on: else a command that a scheduler repeats would never end.
+    began_so = record is not None and not finished and record["config"]["run"]["overwrite"]
+    if config.run.overwrite and not began_so:
         aside = folder.parent / ".replaced" / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
@@ -212,10 +220,6 @@ def claim(config: Config, facts: DataFacts) -> Run:
     if any(path.exists() for path in run.resume_candidates()):
         run.state = "resume"
     return run
-
-
-def _unwritable(config: Config, error: OSError) -> ConfigError:
-    return ConfigError(f"run.root must be a folder that can be written, got {config.run.root!r}: {error.strerror}")
 
 
 _HELD: set[IO[str]] = set()
@@ -240,7 +244,7 @@ def _hold(folder: Path) -> IO[str]:
         holder = handle.read().strip() or "another process"
         handle.close()
         if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise
+            raise OSError(error.errno, error.strerror, handle.name) from None
         raise ConfigError(f"{folder} is being run by {holder}; wait for it, or stop it") from None
     handle.seek(0)
     handle.truncate()
@@ -290,15 +294,29 @@ def code_state() -> tuple[str | None, str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises OSError with the file's name."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a failing write does not name its file
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """The run's record, atomically."""
-    write_text(folder / "record.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "record.json", json.dumps(json_ready(record), indent=2, sort_keys=True) + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """The same, every number that JSON does not know (nan, inf) as its name."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

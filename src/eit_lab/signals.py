@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
+SAME_S = 0.5
+"""Two interrupts so close are one: Slurm sends it to a rank, and the supervisor hands its own on."""
 _POLITE = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -20,6 +23,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._pid: int | None = None
+        self._asked_at = 0.0
 
     def install(self) -> None:
         """Take over SIGTERM, SIGUSR2 and SIGINT in this process."""
@@ -42,7 +46,10 @@ class StopRequest:
             return
         if signum == signal.SIGINT:
             if self.signum == signal.SIGINT:
+                if time.monotonic() - self._asked_at < SAME_S:
+                    return
                 raise KeyboardInterrupt
+            self._asked_at = time.monotonic()
             print("\nstopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         self.signum = signum
 

@@ -80,12 +80,12 @@ def _supervise(config: Config, argv: list[str], count: int, announce: Path | Non
     """Start the ranks of this machine, once everything that can be told without them is known to be good."""
     from omegaconf import OmegaConf
 
-    from eit_lab.config import ConfigError
+    from eit_lab.config import ConfigError, WandbLogger
     from eit_lab.data.prepare import prepare
     from eit_lab.loading import dump
     from eit_lab.plan import plan
-    from eit_lab.processes import run_ranks
-    from eit_lab.runs import identity, run_name
+    from eit_lab.processes import RankLostError, run_ranks
+    from eit_lab.runs import identity, read_record, run_name, write_record
 
     if config.trainer.num_nodes > 1:
         raise ConfigError(
@@ -97,7 +97,18 @@ def _supervise(config: Config, argv: list[str], count: int, announce: Path | Non
     run_id = identity(config, facts)
     if announce is not None:
         _announce(announce, run_id, Path(config.run.root) / run_name(config, run_id))
-    return run_ranks("eit_lab.train", OmegaConf.to_yaml(OmegaConf.create(dump(config))), count=count, command=argv)
+    folder = Path(config.run.root) / run_name(config, run_id)
+    frozen = OmegaConf.to_yaml(OmegaConf.create(dump(config)))
+    closing = config.logger.finish_timeout_s if isinstance(config.logger, WandbLogger) else 0.0
+    try:
+        return run_ranks("eit_lab.train", frozen, count=count, command=argv, patience_s=10.0 + closing)
+    except RankLostError as lost:
+        record = read_record(folder) or {}
+        if lost.main_status > 0 and record.get("error") and record["error"] in lost.said:
+            return lost.main_status  # the same error everywhere, and rank 0 has said it
+        if record.get("status") in ("running", "failed"):  # what rank 0 saw of it is only that the connection broke
+            write_record(folder, {**record, "status": "failed", "error": str(lost)})
+        raise
 
 
 def _announce(path: Path, run_id: str, folder: Path) -> None:

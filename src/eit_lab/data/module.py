@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -74,9 +75,13 @@ class ImageData(LightningDataModule):
 
     def _eval_loader(self, name: Part) -> DataLoader[Batch]:
         rank, world_size = self._place()
-        batch_size = self.config.trainer.eval_batch_size
+        trainer, num_samples = self.config.trainer, len(self._parts[name])
+        limit = trainer.limit_val_batches if name == "val" else trainer.limit_test_batches
+        batches = -(-num_samples // trainer.eval_batch_size)
+        kept = limit if isinstance(limit, int) else max(1, int(batches * limit))  # in all, not of each rank
+        num_samples = min(num_samples, kept * trainer.eval_batch_size)
         return self._loader(
-            name, EvalBatches(len(self._parts[name]), batch_size=batch_size, rank=rank, world_size=world_size)
+            name, EvalBatches(num_samples, batch_size=trainer.eval_batch_size, rank=rank, world_size=world_size)
         )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -94,6 +99,7 @@ class ImageData(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=num_workers,
+            worker_init_fn=_leave_signals_to_the_parent,
             persistent_workers=num_workers > 0,
             # NOTE: else each start of an epoch would draw a seed for the workers from torch's global generator.
             generator=torch.Generator().manual_seed(self.config.seed),
@@ -110,6 +116,15 @@ class ImageData(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A scheduler signals every process of a job. A worker that ends on it would end a training that is about to save.
+
+    NOTE: torch installs a handler of its own in a worker, in C, after ours were inherited.
+    """
+    for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 __all__ = ["Batch", "ImageData"]

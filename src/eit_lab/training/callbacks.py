@@ -66,6 +66,11 @@ class Clock(Callback):
         """Seconds of training left after a step, at the mean speed of the whole run."""
         return (self.plan.total_steps - step) * self.seconds / self.steps if self.steps else None
 
+    def leave_out(self, seconds: float) -> None:
+        """What was spent between two steps on something else, such as a checkpoint."""
+        if self._last is not None:
+            self._last += seconds
+
     def state_dict(self) -> dict[str, Any]:
         """The clock so far."""
         self._charge()

@@ -94,40 +94,69 @@ def read(path: Path) -> dict[str, Any]:
             if (bad := archive.testzip()) is not None:
                 raise RunError(f"{path} is damaged in {bad}")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except RunError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a flipped bit can make either reader raise anything
+        raise RunError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     return content
 
 
-def pick(run: Run) -> tuple[Path, dict[str, Any]] | None:
-    """The newest readable state of a run and its file; None for a new one. One line for each damaged file passed over.
+def pick(run: Run, ranks: Ranks, *, keep_epochs: int) -> tuple[Path, dict[str, Any]] | None:
+    """The newest readable state of a run and its file; None for a new one. All ranks must call.
 
+    The main process looks: it moves a damaged file aside with a warning, and gives a state its other names again where a
+    run was ended before it could (best.ckpt, epoch-0007.ckpt).
     Raises ConfigError where there are states and none is readable, or where one belongs to another run.
     """
-    damaged = []
-    for path in run.resume_candidates():
-        if not path.exists():
-            continue
+    content = None
+    if ranks.is_main and run.state == "resume":
+        content = _newest(run)
+        if content is not None:
+            name_again(content[0], content[1], run, keep_epochs=keep_epochs)
+    path = ranks.from_main(content and content[0])
+    if path is None:
+        return None
+    return content or (path, read(path))
+
+
+def _newest(run: Run) -> tuple[Path, dict[str, Any]]:
+    present = [path for path in run.resume_candidates() if path.exists()]
+    for place, path in enumerate(present):
         try:
             content = read(path)
         except RunError as error:
-            damaged.append(path)
-            if any(other.exists() for other in run.resume_candidates()[len(damaged) :]):
-                print(f"eit_lab: warning: {error}; going back to the one before", file=sys.stderr, flush=True)
+            if place + 1 == len(present):
+                raise ConfigError(
+                    f"{path} is damaged and cannot be resumed from, nor is there a good one before it; "
+                    "move the run's folder away to start anew"
+                ) from None
+            print(f"eit_lab: warning: {error}; going back to the one before", file=sys.stderr, flush=True)
+            path.replace(path.with_name(f"{path.name}.damaged"))  # else it would become the one before of the next
             continue
         if content["eit_lab"]["identity"] != run.run_id:
             raise ConfigError(
                 f"{path} is of the run {content['eit_lab']['identity']}, not of {run.run_id}; move it away"
             )
         return path, content
-    if damaged:
-        raise ConfigError(
-            f"{damaged[0]} is damaged and cannot be resumed from, nor is there a good one before it; "
-            "run.overwrite=true starts anew"
-        )
-    return None
+    raise AssertionError("a run to be resumed has a state")
+
+
+def name_again(path: Path, content: dict[str, Any], run: Run, *, keep_epochs: int) -> None:
+    """Give a state of a whole epoch the names that it was to have."""
+    lab, best = content["eit_lab"], content["callbacks"]["RecordKeeper"]["best"]
+    if lab["moment"] != "epoch":
+        return
+    if best is not None and best["step"] == lab["step"]:
+        _link(path, run.best_checkpoint)
+    if keep_epochs:
+        _keep_epoch(path, lab["epoch"], keep=keep_epochs)
+
+
+def _keep_epoch(path: Path, epoch: int, *, keep: int) -> None:
+    """epoch-0007.ckpt, and only the last so many of them."""
+    _link(path, path.parent / f"epoch-{epoch:04d}.ckpt")
+    for old in sorted(path.parent.glob("epoch-*.ckpt"))[:-keep]:
+        old.unlink()
 
 
 # --------------------------------------------------------------------------------------------------- place in the run
@@ -221,10 +250,10 @@ class Keeper(Callback):
         self._random: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new run: ranks after the first get random numbers of their own, the published seed 0 + rank."""
+        """Ranks after the first that have no saved state get random numbers of their own, the published seed 0 + rank."""
         self._step = trainer.global_step
-        if self._random is None and self.ranks.rank > 0:
-            torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+        if self.ranks.rank > 0 and (self._random is None or self.ranks.rank >= len(self._random)):
+            torch.manual_seed(torch.initial_seed() + self.ranks.rank + self._step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A resumed run: random numbers go on where they were, now that nothing else draws before the step."""
@@ -263,10 +292,7 @@ class Keeper(Callback):
             if self.records.improved:
                 _link(self.run.last_checkpoint, self.run.best_checkpoint)
             if self.epochs:
-                folder = self.run.last_checkpoint.parent
-                _link(self.run.last_checkpoint, folder / f"epoch-{trainer.current_epoch:04d}.ckpt")
-                for old in sorted(folder.glob("epoch-*.ckpt"))[: -self.epochs]:
-                    old.unlink()
+                _keep_epoch(self.run.last_checkpoint, trainer.current_epoch, keep=self.epochs)
         self.records.improved = False
         (stop,) = self.ranks.any_of(STOP.requested)
         if stop and trainer.global_step < self.plan.total_steps:
@@ -275,7 +301,9 @@ class Keeper(Callback):
     def save(self, trainer: Trainer, moment: Moment) -> None:
         """Write last.ckpt; all ranks must call."""
         self._moment = moment
+        began = time.perf_counter()
         trainer.save_checkpoint(self.run.last_checkpoint)
+        self.records.clock.leave_out(time.perf_counter() - began)
         self._saved_at = time.monotonic()
 
     def _stop(self) -> None:

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 class WeightAverage:
     """An averaged copy of a model. It is no submodule of anything: optimizers, DDP and state dicts do not see it."""
 
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
+    def __init__(self, model: nn.Module, *, decay: float, dtype: torch.dtype = torch.float32) -> None:
+        """``dtype`` is the average's own: a step of 1 - decay of a weight is lost in half precision."""
         self.decay, self.updates = decay, 0
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards the weights of a model after its optimizer step."""
-        mine, theirs = ([p.detach() for p in which.parameters()] for which in (self.model, model))
+        mine = [p.detach() for p in self.model.parameters()]
+        theirs = [p.detach().to(own.dtype) for p, own in zip(model.parameters(), mine, strict=True)]
         torch._foreach_lerp_(mine, theirs, 1 - self.decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)

@@ -9,8 +9,10 @@ import time
 import traceback
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers.logger import Logger
+from torch.distributed import DistBackendError
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError, StoppedError
 from eit_lab.config import Config, ImageNetData, WandbLogger
@@ -26,6 +28,7 @@ from eit_lab.runs import (
     DataFacts,
     Run,
     is_main_process,
+    json_ready,
     versions,
     write_manifest,
     write_record,
@@ -83,7 +86,7 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
         record["error_lines"] = traceback.format_exc().splitlines()[-_LINES_OF_ERROR:]
         if isinstance(error, NotFiniteError) and is_main_process():
             record["nonfinite"] = error.facts
-            write_text(run.folder / "nonfinite.json", json.dumps(error.facts, indent=2) + "\n")
+            write_text(run.folder / "nonfinite.json", json.dumps(json_ready(error.facts), indent=2) + "\n")
         if known:
             raise RunError(record["error"]) from error
         raise
@@ -99,8 +102,11 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
 def _one_line(error: BaseException, run: Run) -> str:
     """What a full disk, a lost folder or a lost image is, without the traceback of the worker process that met it."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; the last checkpoint in {run.folder} is intact"
-    return str(error).strip().splitlines()[-1].removeprefix("eit_lab.command.RunError: ")
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("eit_lab.command.RunError: ")
+    good = next((path.name for path in run.resume_candidates() if path.exists()), None)
+    return text if good is None or "is intact" in text else f"{text}; {good} is intact"
 
 
 def _write_last(run: Run, record: dict[str, Any]) -> None:
@@ -123,7 +129,8 @@ def _close(loggers: list[Logger], record: dict[str, Any]) -> str | None:
     sync = None
     for log in loggers:
         if isinstance(log, WandbLog):
-            sync = log.close(exit_code)
+            hurry = record["status"] == "interrupted" and "KeyboardInterrupt" in record["error"]  # Ctrl-C twice: out
+            sync = log.close(exit_code, within_s=1.0 if hurry else None)
             seconds = {"start": log.start_s, "longest_call": log.longest_call_s, "close": log.close_s}
             record["wandb"] = {"mode": log.mode_now, "url": log.url, "seconds": seconds}
     return sync
@@ -136,17 +143,19 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     trainer = build_trainer(config, folder=run.folder, callbacks=[], logger=[], plan=cut, plugins=[files])
     cut = plan(config, facts, world_size=trainer.world_size)
     trainer.accumulate_grad_batches = cut.accumulate
+    trainer.limit_train_batches = cut.batches_per_epoch
     trainer.fit_loop.max_epochs = cut.epochs
     ranks = Ranks(trainer, timeout_minutes=config.trainer.process_timeout_minutes)
     ranks.must_agree("configuration, data and code (run identity)", run.run_id)
     run.state = ranks.from_main(run.state)
-    found = pick(run) if run.state == "resume" else None
+    found = pick(run, ranks, keep_epochs=config.trainer.keep_epochs)
     content = found[1] if found else None
 
     seed_everything(config.seed, workers=True, verbose=False)
     model = build_backbone(config, facts)
     notes = start_from(model, config.checkpoint, weights=config.checkpoint_weights) if config.checkpoint else []
-    ema = None if config.recipe.ema_decay is None else WeightAverage(model, decay=config.recipe.ema_decay)
+    wide = torch.float64 if trainer.precision == "64-true" else torch.float32
+    ema = None if config.recipe.ema_decay is None else WeightAverage(model, decay=config.recipe.ema_decay, dtype=wide)
     if config.trainer.compile:
         model.compile()
     augment = BatchAugment(config.data, config.recipe, num_classes=facts.num_classes, seed=config.seed)
@@ -194,14 +203,22 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     files.loaded = content
     try:
         trainer.fit(classifier, datamodule=data, ckpt_path=found and str(found[0]), weights_only=True)
+        keeper.note_clock()
+        record["steps"] = trainer.global_step
+        finish(config, run, trainer, classifier, data, record, ranks)
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    keeper.note_clock()
-    record["steps"] = trainer.global_step
-    finish(config, run, trainer, classifier, data, record, ranks)
+    except RuntimeError as error:  # DistBackendError is one
+        if ranks.world_size > 1 and _is_lost_connection(error):
+            raise RunError("the connection to another process of this run broke") from error
+        raise
     ranks.close()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, DistBackendError) or "gloo" in str(error).lower()
 
 
 def build_backbone(config: Config, facts: DataFacts) -> Backbone:

@@ -27,6 +27,7 @@ from eit_lab.training.optim import build_optimizer, group_parameters
 from eit_lab.training.ranks import Ranks
 
 _NORMS_KEPT = 10
+_SCALER_SKIPS = 50  # in a row, each halving the scale of half precision: from 2^16 down to nothing
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Classifier(LightningModule):
         self.last_step: StepFacts | None = None
         self.skipped = 0
         """Steps that were skipped because something was not finite."""
+        self._scaled_away = 0
         self.test_predictions: list[Tensor] = []
         """Columns (sample index, label, predicted class, loss, predicted by averaged weights) of the last test, this rank's."""
         self._losses: list[Tensor] = []
@@ -92,8 +94,9 @@ class Classifier(LightningModule):
             self.ema.model.to(self.device)
 
     def on_test_start(self) -> None:
-        """As on_fit_start, for a test alone."""
+        """As on_fit_start and on_validation_start, for a test."""
         self.on_fit_start()
+        self.on_validation_start()
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -126,7 +129,9 @@ class Classifier(LightningModule):
         self.last_step = StepFacts(loss, grad_norm, lr)
         self._norms.append(grad_norm)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled):
+        self._scaled_away = 0 if math.isfinite(grad_norm) else self._scaled_away + 1
+        hopeless = not scaled or self._scaled_away > _SCALER_SKIPS
+        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and hopeless):
             self._skip_or_stop(optimizer)
         self._losses.clear()
         self._indices.clear()
@@ -136,6 +141,21 @@ class Classifier(LightningModule):
         if isinstance(sharded, FullyShardedDataParallel):
             return sharded.clip_grad_norm_(math.inf)  # of all shards; clips nothing
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the whole gradient, which of a sharded model only its wrapper knows."""
+        sharded = self.trainer.strategy.model
+        if isinstance(sharded, FullyShardedDataParallel) and gradient_clip_val:
+            sharded.clip_grad_norm_(gradient_clip_val)
+            return
+        self.clip_gradients(
+            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+        )
 
     def _skip_or_stop(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.ranks is not None
@@ -155,7 +175,7 @@ class Classifier(LightningModule):
         if self.skipped > self.recipe.skip_nonfinite:
             raise NotFiniteError(
                 f"training is not finite any more: {what}; its {len(ids)} sample ids and the last norms are in nonfinite.json; "
-                f"the last checkpoint is intact; recipe.skip_nonfinite ({self.recipe.skip_nonfinite}) lets so many steps be skipped",
+                f"recipe.skip_nonfinite ({self.recipe.skip_nonfinite}) lets so many steps be skipped",
                 facts,
             )
         if self.ranks.is_main:
@@ -173,9 +193,10 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and the learning rate of every optimizer step."""
         assert self.plan is not None
-        # NOTE: Lightning refuses to clip for a fused optimizer under any mixed precision, a scaler or not.
-        mixed = str(self.trainer.precision).endswith("-mixed")
-        fused = not (mixed and self.trainer.gradient_clip_val)
+        # NOTE: Lightning refuses to clip for a fused optimizer under any mixed precision, a scaler or not; and with a scaler
+        # a fused one scales gradients back inside its step only, so that norms before it would be of scaled ones.
+        precision = str(self.trainer.precision)
+        fused = precision != "16-mixed" and not (precision.endswith("-mixed") and self.trainer.gradient_clip_val)
         optimizer = build_optimizer(self.model, self.recipe, grouping=self._grouping, fused=fused)
         plan = self.plan
 
@@ -200,6 +221,12 @@ class Classifier(LightningModule):
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
+    def on_validation_start(self) -> None:
+        """Statistics of a stem's batch norm are one process's own: all evaluate with the main one's."""
+        if self.ranks is not None:
+            models = [self.model] if self.ema is None else [self.model, self.ema.model]
+            self.ranks.copy_from_main(buffer for model in models for buffer in model.buffers())
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Metrics on the held-out slice of train."""
         self._evaluate("val", batch)
@@ -218,13 +245,13 @@ class Classifier(LightningModule):
     def _evaluate(self, part: str, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Count a batch, its filler left out; (losses, predicted classes) of the weights, then of the averaged ones."""
         counted = batch.index != FILLER
-        images, labels = self.augment.normalise(batch.images).to(self.model.cls_token.dtype), batch.labels[counted]
+        images, labels = self.augment.normalise(batch.images), batch.labels[counted]
         models = [self.model] if self.ema is None else [self.model, self.ema.model]
         results = []
         group: Any = self.metrics[part]
         for model, (weights, metrics) in zip(models, group.items(), strict=True):
             suffix = weights.removeprefix("weights")
-            logits = model(images).float()[counted]
+            logits = model(images.to(next(model.parameters()).dtype)).float()[counted]
             losses = F.cross_entropy(logits, labels, reduction="none")
             top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
             hits = top == labels[:, None]

@@ -35,7 +35,7 @@ def finish(
     ranks: Ranks,
 ) -> None:
     """Test the chosen weights; record their metrics, and keep predictions.npz, confusion.csv and the worst mistakes."""
-    has_best = ranks.from_main(run.best_checkpoint.exists())
+    has_best = ranks.from_main(run.best_checkpoint.exists() and record["best"] is not None)
     if not has_best:  # stopped by max_steps before the first validation: what there is, is the best
         trainer.validate(classifier, datamodule=data, verbose=False)
         validated = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}

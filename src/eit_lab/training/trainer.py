@@ -56,9 +56,7 @@ def build_trainer(
             max_steps=t.max_steps or -1,
             check_val_every_n_epoch=t.check_val_every_n_epoch,
             log_every_n_steps=t.log_every_n_steps,
-            limit_train_batches=t.overfit_batches or t.limit_train_batches,  # the data module then repeats one epoch
-            limit_val_batches=t.limit_val_batches,
-            limit_test_batches=t.limit_test_batches,
+            limit_train_batches=plan.batches_per_epoch if plan else 1.0,  # of evaluation: the data module's
             deterministic=t.deterministic,
             profiler=_build_profiler(t.profiler, folder),
             default_root_dir=folder,

@@ -269,15 +269,15 @@ class WandbLog(Logger):
     # ---------------------------------------------------------------------------------------------------------- close
 
     @rank_zero_only
-    def close(self, exit_code: int) -> str | None:
-        """End the run with the job's exit code, within ``logger.finish_timeout_s``.
+    def close(self, exit_code: int, *, within_s: float | None = None) -> str | None:
+        """End the run with the job's exit code, within ``logger.finish_timeout_s`` or the time that is given.
 
         Returns one line that says how to send what is not on the server, or None where all of it is. A second call does
         nothing and returns the line again.
         """
         if self._channel is not None:
             began = time.monotonic()
-            deadline = began + self._options.finish_timeout_s
+            deadline = began + (self._options.finish_timeout_s if within_s is None else within_s)
             self._send_row()
             self._channel.send({"do": "finish", "exit_code": exit_code, "deadline": deadline})
             self._channel.wait("finished", until=deadline)
