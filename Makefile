@@ -46,6 +46,7 @@ format: $(READY)  ## put the code in order
 bench: $(READY)  ## timings, side by side; records go under benchmarks/records/
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/wandb_faults.py --train
+	$(BIN)/python benchmarks/resume.py
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -380,6 +380,7 @@ def test_two_processes_and_accumulation_give_the_same_run(
     assert "the same as on record, to the last digit" in done.out
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_run_down_with_one_line(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "eit_lab.train", *DEBUG, "trainer.devices=2", "recipe.epochs=500"],
@@ -397,6 +398,7 @@ def test_a_rank_that_dies_takes_the_run_down_with_one_line(tmp_path: Path) -> No
     assert not any(Path("/proc", child).exists() for child in children)
 
 
+@pytest.mark.slow
 def test_ranks_with_different_configs_stop_with_one_line(tmp_path: Path) -> None:
     """As under a launcher of their own, where each rank composes what it was given."""
     from eit_lab.processes import _free_port
