@@ -419,3 +419,19 @@ def test_the_global_batch_is_cut_or_refused_with_the_nearest_that_divide(
     else:
         with pytest.raises(ConfigError, match=answer):
             cut()
+
+
+def test_a_data_set_too_large_to_resize_as_a_whole_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eit_lab.compose import compose_one
+    from eit_lab.data import small
+
+    config = compose_one(
+        ["data=digits", "data.img_size=20", "data.in_chans=3", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
+    )
+    whole = small.load_small(config.data, config.recipe, seed=0)
+    monkeypatch.setattr(small, "_LARGEST_RESIZED", 1)
+    asked = small.load_small(config.data, config.recipe, seed=0)
+    assert asked["train"].images.shape[1:] == (1, 8, 8)
+    for part in ("train", "test"):
+        items = [(1, index, 0, index) for index in (3, 200, 41)]
+        assert torch.equal(whole[part][items].images, asked[part][items].images)

@@ -95,6 +95,13 @@ def test_the_runs_own_class_names_come_before_numbers_and_wordnet() -> None:
     assert map_classes(["n01440764"], num_classes=2, class_names=("n01440764", "x"))[1] == "class name"
 
 
+def test_numbers_are_imagenets_also_for_a_run_on_some_of_its_classes() -> None:
+    some = synsets()[::10]
+    told, how = map_classes([str(number) for number in range(1000)], num_classes=100, class_names=some)
+    assert how == "number"
+    assert told == {str(10 * label): label for label in range(100)}
+
+
 def test_folders_that_are_no_classes_are_counted_and_named(tmp_path: Path) -> None:
     make(tmp_path, ["cat", "dog", "thumbs", "old", "misc", "tmp"], per_class=2)
     (tmp_path / "bird").mkdir()

@@ -75,9 +75,10 @@ def test_a_signal_stops_after_the_step_with_the_state_saved_and_the_same_command
     stop_after: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train("run.root=alone") == 0
+    words = ("trainer.keep_epochs=2",)
+    assert train(*words, "run.root=alone") == 0
     stop_after(hook, at_step=at_step, signum=signum)
-    assert train("run.root=killed") == status
+    assert train(*words, "run.root=killed") == status
     killed = only_run(here / "killed")
     assert record_of(killed)["status"] == ("interrupted" if signum == signal.SIGINT else "preempted")
     state = torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)
@@ -85,8 +86,15 @@ def test_a_signal_stops_after_the_step_with_the_state_saved_and_the_same_command
     said = capsys.readouterr().err
     assert f"eit_lab: stopped by signal {int(signum)} after step {stopped_after}, state saved" in said
     assert "Traceback" not in said
-    assert train("run.root=killed") == 0
+    assert train(*words, "run.root=killed") == 0
     assert list(compare(only_run(here / "alone"), killed)) == []
+    first = [
+        torch.load(folder / "checkpoints" / "epoch-0000.ckpt", weights_only=True)["eit_lab"]["random"][0]["torch"]
+        for folder in (only_run(here / "alone"), killed)
+    ]
+    assert torch.equal(*first), (
+        "a state saved before the next step has the random numbers of the run, not of a new process"
+    )
 
 
 def test_ctrl_c_twice_is_out_at_once(here: Path, stop_after: Callable[..., None]) -> None:
@@ -316,9 +324,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_samples_and_norms_on_
     here: Path, poisoned: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     poisoned(17)
-    assert train("trainer.checkpoint_every_n_steps=5") == 1
+    assert train("trainer.checkpoint_every_n_steps=5", "logger=wandb") == 1
     folder = only_run(here / "runs")
-    assert "training is not finite any more: loss nan, gradient norm nan at step 17" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "training is not finite any more: loss nan, gradient norm nan at step 17" in said
+    assert "last.ckpt is intact" in said
+    assert "W&B: not on the server yet; to send it: wandb sync " in said
     facts = json.loads((folder / "nonfinite.json").read_text())
     assert record_of(folder)["nonfinite"]["step"] == facts["step"] == 17
     assert len(facts["sample_ids"]) == 16

@@ -148,3 +148,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     config = compose_one([*DIGITS, "debug=schedule", f"run.root={tmp_path / 'file'}"])
     with pytest.raises(ConfigError, match=r"run.root must be a folder that can be written, got .*file'"):
         show(config, describe(config.data))
+
+
+@pytest.mark.parametrize("data", ["imagenet", "cifar100"])
+def test_the_schedule_of_a_known_data_set_needs_no_files(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from eit_lab.train import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["debug=schedule", "model=eit_mini", f"data={data}", "recipe=eit300", "data.val_size=1"]) == 0
+    steps = {"imagenet": 1_281_166 // 1024, "cifar100": 49_999 // 1024}[data]
+    assert f"{steps:,} steps of 1024 images an epoch" in capsys.readouterr().out

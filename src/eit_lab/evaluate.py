@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,10 @@ def _main(argv: list[str]) -> int:
     if not started_by_launcher() and (count := count_ranks(trained.config)) > 1:
         return run_ranks("eit_lab.evaluate", "", count=count, command=argv)
     die_with_parent()
-    return _on_own_data(trained, words) if variant is None else _on_variant(trained, variant)
+    if variant is None:
+        return _on_own_data(trained, words)
+    limited = any(word.startswith("trainer.limit_test_batches=") for word in words.overrides)
+    return _on_variant(trained, variant, limited=limited)
 
 
 def _is_own_layout(trained: Trained, words: Words) -> bool:
@@ -138,7 +142,7 @@ def _on_own_data(trained: Trained, words: Words) -> int:
 # ------------------------------------------------------------------------------------------------------ a folder of images
 
 
-def _on_variant(trained: Trained, variant: Variant) -> int:
+def _on_variant(trained: Trained, variant: Variant, *, limited: bool) -> int:
     from eit_lab.runs import is_main_process
     from eit_lab.training.evaluate import evaluate_variant
 
@@ -149,7 +153,10 @@ def _on_variant(trained: Trained, variant: Variant) -> int:
         for note in variant.notes:
             print(f"       {note}")
         sys.stdout.flush()
-    counts = evaluate_variant(trained.config, trained.files, variant, num_classes=num_classes, weights=trained.weights)
+    config = trained.config
+    if not limited:  # a run's own limit is of its own test set
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, limit_test_batches=1.0))
+    counts = evaluate_variant(config, trained.files, variant, num_classes=num_classes, weights=trained.weights)
     if is_main_process():
         if len(variant.groups) > 1:
             print("\n".join(_corruption_table(variant.groups, counts)))

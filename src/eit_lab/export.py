@@ -76,6 +76,7 @@ def _main(argv: list[str]) -> int:
 
 def _export(trained: Trained, kind: str, path: Path) -> int:
     import torch
+    from safetensors import SafetensorError
 
     from eit_lab.models.checkpoints import load_backbone
 
@@ -116,6 +117,9 @@ def _export(trained: Trained, kind: str, path: Path) -> int:
                 return command.EXIT_FAILED
             checks.append(f"{worst:.3g} at batch {batch}")
         part.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise command.RunError(f"out: {path} cannot be written: {reason}") from None
     finally:
         part.unlink(missing_ok=True)
     size = path.stat().st_size / 1e6

@@ -121,11 +121,13 @@ def _run_here(config: Config, argv: list[str], announce: Path | None) -> int:
     from eit_lab.data.prepare import prepare
     from eit_lab.runs import claim, is_main_process
 
-    facts = prepare(config)
     if config.run.show is not None:
+        from eit_lab.data.catalog import published_facts
         from eit_lab.show import show
 
-        return show(config, facts)
+        known = published_facts(config.data) if config.run.show == "schedule" else None
+        return show(config, known or prepare(config))
+    facts = prepare(config)
     with claim(config, facts) as run:
         if announce is not None and is_main_process():
             _announce(announce, run.run_id, run.folder)
@@ -147,7 +149,7 @@ def _report_finished(run: Run) -> int:
 def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
     from eit_lab.config import ConfigError
     from eit_lab.processes import typed_command
-    from eit_lab.runs import is_main_process
+    from eit_lab.runs import is_main_process, read_record
     from eit_lab.training.fit import fit
     from eit_lab.training.summary import closing_line, stop_line
 
@@ -159,6 +161,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> int:
     except BaseException:
         if is_main_process():
             print(stop_line(run, command_line), file=sys.stderr, flush=True)
+            if sync := (read_record(run.folder) or {}).get("sync"):
+                print(sync, file=sys.stderr, flush=True)
         raise
     if is_main_process():
         print(closing_line(record, run), flush=True)

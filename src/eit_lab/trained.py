@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from eit_lab.compose import compose_one
 from eit_lab.config import Config, ConfigError, ImageNetData
@@ -166,7 +167,7 @@ def _of_file(
     config = compose_one(
         [
             *([f"model={model}"] if model else []), f"checkpoint='{path}'", "data=imagenet", "logger=none",
-            *preset, *overrides,
+            *preset, *map(_as_many_devices, overrides),
         ]
     )  # fmt: skip
     names = told.get("class_names")
@@ -191,17 +192,23 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a run folder, single values of it replaced."""
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run must be the folder of a run (with config.yaml), got {str(folder)!r}")
-    config = OmegaConf.load(folder / "config.yaml")
+    try:
+        config = OmegaConf.load(folder / "config.yaml")
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run: {folder / 'config.yaml'} is damaged: {str(error).splitlines()[0]}") from None
     OmegaConf.set_struct(config, True)
     for word in overrides:
         key, _, value = word.partition("=")
         try:
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x, merge=True)
+            is_path = key == "data.root" and value != "null"  # which may look like a number, or hold a #
+            OmegaConf.update(config, key, value if is_path else OmegaConf.from_dotlist([f"x={value}"]).x, merge=True)
+        except YAMLError:
+            raise ConfigError(f"{key} must be a value as YAML writes it, got {value!r}") from None
         except OmegaConfBaseException:
             parent = OmegaConf.select(config, key.rpartition(".")[0])
             raise ConfigError(unknown_key(key, value, list(parent) if parent else [])) from None
     plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
+    assert isinstance(plain, dict), "a run's config is a mapping"
     return load({str(key): value for key, value in plain.items()})
 
 
@@ -213,6 +220,8 @@ def _in_run(run: Path, name: str) -> Collection[Path]:
         if not kept:
             raise ConfigError(f"checkpoint=epochs: {run} has no epoch-*.ckpt; trainer.keep_epochs=N keeps the last N")
         return kept
+    if Path(name).expanduser().is_dir():  # a run: its best or last, as its recipe selects
+        return (resolve(name),)
     inside = folder / f"{name}.ckpt"
     if inside.is_file():
         return (inside,)

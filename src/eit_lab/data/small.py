@@ -27,6 +27,8 @@ from eit_lab.data.rand_augment import ImageAugment, build_image_augment
 
 SmallData = DigitsData | TorchvisionData | SyntheticData
 
+_LARGEST_RESIZED = 2**30  # bytes of a data set that is resized as a whole, and so only once
+_RESIZED_AT_ONCE = 1024
 _SPLIT_STREAM = 7  # of the digits' test set, which is the same for every split_seed
 
 
@@ -51,7 +53,7 @@ class InMemoryImages(Dataset[Batch]):
     def __getitem__(self, items: Sequence[Item]) -> Batch:
         """The batch of these samples; augmented by (seed, epoch, index, copy) when this is a training set."""
         epoch, index, copy, place = np.array(items, dtype=np.int64).T
-        images, labels = self.images[index], self.labels[index]
+        images, labels = fit_size(self.images[index], self.config), self.labels[index]
         if self.augment_seed is not None:
             images = self._augment(images, index, epoch=epoch, copy=copy)
         filler = torch.from_numpy(index == FILLER)  # which -1 made the last image so far
@@ -90,7 +92,10 @@ def load_small(
     """The three parts of a small data set; ``seed`` draws the augmentation of train, which ``recipe`` chooses."""
     image_augment = build_image_augment(config, recipe, seed=seed)
     (images, labels), (test_images, test_labels) = _read(config)
-    images, test_images = _fit(images, config), _fit(test_images, config)
+    images, test_images = (
+        _fit(images, config),
+        _fit(test_images, config),
+    )  # what is large stays as it is, until asked for
     train, val = held_out(len(images), describe(config).num_val, split_seed=config.split_seed)
     return {
         "train": InMemoryImages(images[train], labels[train], config, augment_seed=seed, image_augment=image_augment),
@@ -164,11 +169,19 @@ def _synthesise(config: SyntheticData, num_samples: int, part: int) -> Split:
 
 
 def _fit(images: Tensor, config: SmallData) -> Tensor:
-    """Images in the configured size and number of channels: grey ones repeated, others resized once, bicubic."""
+    """Images in the configured size, all at once where they then still fit into memory."""
+    if images.shape[1] not in (1, config.in_chans):
+        raise ConfigError(f"data.in_chans must be {images.shape[1]} for {config.name}, got {config.in_chans}")
+    h, w = as_hw(config.img_size)
+    if len(images) * config.in_chans * h * w > _LARGEST_RESIZED:
+        return images
+    return torch.cat([fit_size(part, config) for part in images.split(_RESIZED_AT_ONCE)])
+
+
+def fit_size(images: Tensor, config: SmallData) -> Tensor:
+    """(B, c, h, w) uint8 -> (B, in_chans, H, W) uint8: grey ones repeated, others resized, bicubic. Image by image."""
     if images.shape[1] == 1 and config.in_chans > 1:
         images = images.expand(-1, config.in_chans, -1, -1)
-    if images.shape[1] != config.in_chans:
-        raise ConfigError(f"data.in_chans must be {images.shape[1]} for {config.name}, got {config.in_chans}")
     if tuple(images.shape[-2:]) != as_hw(config.img_size):
         resized = F.interpolate(images.float(), as_hw(config.img_size), mode="bicubic", antialias=True)
         images = resized.round_().clamp_(0, 255).to(torch.uint8)

@@ -158,7 +158,17 @@ def map_classes(
         ways["WordNet id" if tuple(class_names) == synsets() else "class name"] = {
             name: by_name[name] for name in names if name in by_name
         }
-    ways["number"] = {name: int(name) for name in names if name.isdecimal() and int(name) < num_classes}
+    numbers = {name: int(name) for name in names if name.isdecimal()}
+    if class_names is not None and set(class_names) <= set(
+        synsets()
+    ):  # numbers are ImageNet's, some of which it may lack
+        of_imagenet = synsets()
+        numbers = {
+            name: by_name[of_imagenet[number]]
+            for name, number in numbers.items()
+            if number < len(of_imagenet) and of_imagenet[number] in by_name
+        }
+    ways["number"] = {name: number for name, number in numbers.items() if number < num_classes}
     how = max(ways, key=lambda way: len(ways[way]))  # the first of equals
     return ways[how], how
 
@@ -269,6 +279,10 @@ def _read_label_lists(labels: str, *, num_classes: int) -> dict[str, list[int]]:
     rows: dict[str, Any] = {"": content}
     if isinstance(content, dict):
         rows = {Path(name).stem: row for name, row in content.items()}
+        if len(rows) < len(content):
+            stems = [Path(name).stem for name in content]
+            twice = next(stem for stem in stems if stems.count(stem) > 1)
+            raise ConfigError(f"labels must name each file once, got {twice!r} more than once in {labels!r}")
     for name, row in rows.items():
         good = isinstance(row, list) and all(type(label) is int and 0 <= label < num_classes for label in row)
         if not good:

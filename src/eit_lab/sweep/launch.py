@@ -95,7 +95,21 @@ def launch(points: Sequence[Point], launcher: Mapping[str, Any], argv: Sequence[
           f"{len(failed)} failed{', the rest not ended: the same command goes on' if status else ''}")  # fmt: skip
     for job in failed:
         print(f"failed: job {job.number + 1} ({job.label}), log {job.log}", file=sys.stderr)
+    if (script := _write_sync(folder, jobs)) is not None:
+        print(f"W&B: not all is on the server yet; to send it: sh {script}")
     return signals.exit_status() or (EXIT_FAILED if failed else status)
+
+
+def _write_sync(folder: Path, jobs: Sequence[Job]) -> Path | None:
+    """sync.sh, a line for each job whose W&B data is on disk only; None where there is no such job."""
+    records = [read_record(job.folder) for job in jobs if job.folder.is_dir()]
+    lines = [record["sync"].partition("to send it: ")[2] for record in records if record and record.get("sync")]
+    script = folder / "sync.sh"
+    if not lines:
+        script.unlink(missing_ok=True)
+        return None
+    write_text(script, "".join(f"{line}\n" for line in lines))
+    return script
 
 
 def _freeze(points: Sequence[Point], root: Path) -> tuple[Path, list[Job]]:

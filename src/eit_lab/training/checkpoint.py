@@ -323,8 +323,14 @@ class Keeper(Callback):
             "steps_in_epoch": step - epoch * self.plan.steps_per_epoch,
             "images": step * self.plan.batch_size,
             "world_size": self.plan.world_size,
-            "random": self.ranks.gather(random_state()),
+            "random": self.ranks.gather(self._run_random()),
         }
+
+    def _run_random(self) -> dict[str, Any]:
+        """This rank's random state; before the first step after a restart, when nothing has set it yet, the one on file."""
+        if self._random is not None and self.ranks.rank < len(self._random):
+            return self._random[self.ranks.rank]
+        return random_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put Lightning's counters right, and take the random states over; they are set before the first step."""

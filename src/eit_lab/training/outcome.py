@@ -39,7 +39,9 @@ def finish(
     if not has_best:  # stopped by max_steps before the first validation: what there is, is the best
         trainer.validate(classifier, datamodule=data, verbose=False)
         validated = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        record["best"] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **validated}
+        assert classifier.plan is not None
+        epoch = (trainer.global_step - 1) // classifier.plan.steps_per_epoch
+        record["best"] = {"epoch": epoch, "step": trainer.global_step, **validated}
         trainer.save_checkpoint(run.best_checkpoint)
     set_callbacks(trainer, [StopInTest(ranks)])  # a load for the test must not set clock and record back
     weights = str(run.best_checkpoint) if config.recipe.select == "best" else None  # None: the weights of the last step
