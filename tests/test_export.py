@@ -60,6 +60,7 @@ def test_torch_export_gives_the_modules_logits_at_any_batch_size(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_modules_logits_at_any_batch_size(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnx
     import onnxruntime

@@ -322,6 +322,7 @@ def test_debug_presets_run(debug: str, here: Path) -> None:
         assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_very_command_trains_on_imagenets_layout_with_two_processes(
     command: Command, lookalike: Path, tmp_path: Path
 ) -> None:

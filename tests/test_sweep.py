@@ -76,6 +76,7 @@ def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(
     assert "eit_nano" in looked.out
 
 
+@pytest.mark.slow
 def test_editing_a_yaml_while_a_sweep_runs_changes_no_job(tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "model" / "ib" / "mine.yaml"
     mine.parent.mkdir(parents=True)
@@ -94,6 +95,7 @@ def test_editing_a_yaml_while_a_sweep_runs_changes_no_job(tmp_path: Path) -> Non
     assert [r["config"]["model"]["ib"]["strength"] for r in records] == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_two_processes_inside_a_multirun_train_one_model_each_job_whatever_launcher_is_around(
     command: Command, tmp_path: Path
 ) -> None:
