@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, only_run, record_of
 from eit_lab.selftest import compare
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 CUDA = (*(word for word in TINY if not word.startswith("trainer.accelerator")), "trainer.accelerator=cuda", "trainer.devices=1",
         "recipe=debug", "data.num_samples=256", "trainer.record_samples=true", "model.drop_path_rate=0.2")  # fmt: skip

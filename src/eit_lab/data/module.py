@@ -125,6 +125,3 @@ def _leave_signals_to_the_parent(_: int) -> None:
     """
     for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
-
-
-__all__ = ["Batch", "ImageData"]

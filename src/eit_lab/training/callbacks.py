@@ -176,7 +176,7 @@ class RecordKeeper(Callback):
         """Note and log the epoch's validation."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        # A validation that a restart has to do again runs when Lightning has counted its epoch already.
+        # From the steps, which are the run's own, also where a restart does a validation again.
         now = {"epoch": (trainer.global_step - 1) // self.plan.steps_per_epoch, "step": trainer.global_step}
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if now["epoch"] < len(self.reference):

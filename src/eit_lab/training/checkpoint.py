@@ -246,7 +246,6 @@ class Keeper(Callback):
         self._moment: Moment = "step"
         self._saved_at = time.monotonic()
         self._step = 0
-        self._epoch_ended = False
         self._random: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,7 +256,6 @@ class Keeper(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A resumed run: random numbers go on where they were, now that nothing else draws before the step."""
-        self._epoch_ended = False
         if self._random is not None:
             if self.ranks.rank < len(self._random):
                 set_random_state(self._random[self.ranks.rank])
@@ -268,12 +266,12 @@ class Keeper(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        self._epoch_ended = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.plan.batches_per_epoch
+        epoch_ended = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.plan.batches_per_epoch
         late = time.monotonic() - self._saved_at > 60 * self.minutes
         due = self.steps is not None and self._step % self.steps == 0
         stop, late = self.ranks.any_of(STOP.requested, late)
-        if stop or ((late or due) and not self._epoch_ended):
-            self.save(trainer, "validation" if self._epoch_ended else "step")
+        if stop or ((late or due) and not epoch_ended):
+            self.save(trainer, "validation" if epoch_ended else "step")
         if stop:
             self._stop()
 

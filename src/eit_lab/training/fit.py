@@ -138,7 +138,6 @@ def _close(loggers: list[Logger], record: dict[str, Any]) -> str | None:
 
 def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[str, Any], loggers: list[Logger]) -> None:
     files = WholeFiles(run)
-    callbacks: list[Callback] = []
     cut = plan(config, facts)  # of one process, until the trainer has counted the devices
     trainer = build_trainer(config, folder=run.folder, callbacks=[], logger=[], plan=cut, plugins=[files])
     cut = plan(config, facts, world_size=trainer.world_size)
@@ -153,7 +152,9 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
 
     seed_everything(config.seed, workers=True, verbose=False)
     model = build_backbone(config, facts)
-    notes = start_from(model, config.checkpoint, weights=config.checkpoint_weights) if config.checkpoint else []
+    notes = []
+    if config.checkpoint and content is None:  # a run that goes on has its own weights
+        notes = start_from(model, config.checkpoint, weights=config.checkpoint_weights)
     wide = torch.float64 if trainer.precision == "64-true" else torch.float32
     ema = None if config.recipe.ema_decay is None else WeightAverage(model, decay=config.recipe.ema_decay, dtype=wide)
     if config.trainer.compile:
@@ -170,8 +171,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     peak = peak_flops(device, config.trainer.peak_tflops)
     every = config.trainer.log_every_n_steps
     flops = 6.0 * cost.macs  # two operations a MAC; the backward pass costs two forward passes
-    callbacks += [clock, StepLog(cut, clock, every=every, flops_per_image=flops, peak=peak and peak * cut.world_size)]
-    callbacks += [keeper]
+    steps = StepLog(cut, clock, every=every, flops_per_image=flops, peak=peak and peak * cut.world_size)
+    callbacks: list[Callback] = [clock, steps, keeper]
     if reference is not None:
         callbacks.append(PublishedCurve(run.folder, reference, name=config.model.name))
     if config.trainer.record_samples:
