@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,21 @@ from PIL import Image
 
 for name in ("EIT_LAB_IMAGENET", "EIT_LAB_DATA", "EIT_LAB_RUNS", "WANDB_MODE"):
     os.environ.pop(name, None)
+# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
+os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
+atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
+# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
+os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
+atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
+# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
+os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
+atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
+# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
+os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
+atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
+# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
+os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
+atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -292,8 +292,9 @@ def test_a_vanished_data_root_is_one_line_and_the_run_goes_on_when_it_is_back(
         assert main(words) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eit_lab:")]
     assert len(said) == 1
-    assert said[0].startswith("eit_lab: data.root: images/train/")
-    assert said[0].endswith("cannot be read: No such file or directory; last.ckpt is intact")
+    assert said[0].startswith("eit_lab: images/train/")
+    assert "cannot be read: No such file or directory; data.max_unread lets images be left out, now 0" in said[0]
+    assert said[0].endswith("last.ckpt is intact")
     (here / "gone").rename(here / "images")
     assert main(words) == 0
 
@@ -501,8 +502,8 @@ def test_an_image_that_one_rank_cannot_read_is_the_line_that_all_end_with(tmp_pa
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "cannot be read: image file is truncated" in done.stderr
-    assert "cannot be read: image file is truncated" in record_of(only_run(tmp_path / "runs"))["error"]
+    assert "cannot be decoded: Premature end of JPEG file" in done.stderr
+    assert "cannot be decoded: Premature end of JPEG file" in record_of(only_run(tmp_path / "runs"))["error"]
     assert "Traceback" not in done.stderr
 
 

@@ -280,8 +280,8 @@ def test_a_failure_is_on_record_with_its_last_lines(command: Command, damaged: P
     assert done.status == 1
     record = record_of(only_run(tmp_path / "runs"))
     assert record["status"] == "failed"
-    assert record["error"].startswith(f"data.root: {damaged}/train/n00000000/cut_")
-    assert "cannot be read: image file is truncated" in record["error"]
+    assert record["error"].startswith(f"{damaged}/train/n00000000/cut_")
+    assert "cannot be decoded: Premature end of JPEG file" in record["error"]
     assert any("_load" in line for line in record["error_lines"])
     assert "resume: " in done.err
 

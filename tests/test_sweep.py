@@ -57,10 +57,10 @@ def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(
     manifest = json.loads((folder / "sweep.json").read_text())
     assert [job["status"] for job in manifest["jobs"]] == ["failed", "finished"]
     assert "eit_lab: data.root: " in done.err
-    assert "cannot be read: image file is truncated" in done.err
+    assert "cannot be decoded: Premature end of JPEG file" in done.err
     assert f"failed: job 1 (data.root={damaged})" in done.err
     assert "1 finished, 1 failed" in done.out
-    assert f"not in the table: eit_nano seed 0 is failed (data.root: {damaged}" in done.out
+    assert f"not in the table: eit_nano seed 0 is failed ({damaged}" in done.out
     for name in ("accuracy.png", "accuracy.svg", "summary.csv", "summary.md", "code.diff"):
         assert (folder / name).exists()
     for job in manifest["jobs"]:

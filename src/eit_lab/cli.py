@@ -16,7 +16,9 @@ COMMANDS = {
     "evaluate": "test a run again, or on any folder of images",
     "predict": "the five likeliest classes of an image",
     "export": "torch.export, ONNX or safetensors, checked",
+    "shards": "pack a data set into shards, check them, look at them",
     "report": "table and figure from records",
+    "bench": "time the data loading of this machine, beside torchvision's and timm's",
     "selftest": "prove that a killed run comes back as the run that was never killed",
 }
 

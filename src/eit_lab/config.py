@@ -213,15 +213,30 @@ class SyntheticData(_DataBase):
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class ImageNetData(_DataBase):
-    kind: Literal["imagenet"] = _req("folders train/ and val/, one folder a class in each")
-    root: Text | None = _opt(None, "folder with train/ and val/; EIT_LAB_IMAGENET names it too")
-    num_classes: PosInt | None = _opt(None, "number of classes; null: the number of class folders in train/")
+    kind: Literal["imagenet"] = _req("ImageNet or what is laid out like it: folders, tar or parquet files, shards")
+    root: Text | None = _opt(
+        None, "folder, http(s):// or s3:// address with the splits train and val; EIT_LAB_IMAGENET names it too"
+    )
+    num_classes: PosInt | None = _opt(None, "number of classes; null: as many as the data set has")
     min_crop_share: Annotated[float, Field(gt=0, le=1, strict=True)] = _opt(
         0.08, "smallest area of a training crop as a share of the image"
     )
     eval_resize_share: Annotated[float, Field(gt=0, le=1, strict=True)] = _opt(
         0.875, "evaluation: centre crop over the resized shorter side (224 / 256)"
     )
+    decode: Literal["fast", "pil"] = _opt(
+        "fast", "fast: only what a crop needs, resized once; pil: as torchvision and timm, pixel for pixel, and slower"
+    )
+    max_unread: NonNegInt = _opt(
+        0, "different images that may be left out because they cannot be read; more end the run"
+    )
+    shuffle_window: PosInt = _opt(
+        32768, "images, at least, that are shuffled together where files are fetched whole (servers, parquet)"
+    )
+    cache_dir: Text | None = _opt(
+        None, "folder for lists of files and for fetched ones; null: EIT_LAB_CACHE, else ~/.cache/eit_lab"
+    )
+    cache_gb: PosFloat = _opt(200.0, "most that fetched files may take in data.cache_dir, in 1e9 bytes")
 
 
 DataConfig: TypeAlias = DigitsData | TorchvisionData | SyntheticData | ImageNetData
@@ -264,6 +279,9 @@ class RecipeConfig:
     mixup_prob: Share = _opt(1.0, "probability that a group of images is mixed at all")
     mixup_switch_prob: Share = _opt(0.5, "probability of CutMix rather than mixup, where both are on")
     mixup_group: PosInt = _opt(128, "images that share one draw of mixup or CutMix; even")
+    last_batch: Literal["drop", "keep"] = _opt(
+        "drop", "what does not fill the global batch at the end of an epoch: drop it, or take a shorter step"
+    )
     repeated_augment: PosInt = _opt(
         1, "times each chosen image comes in one batch, augmented anew; steps stay the same"
     )

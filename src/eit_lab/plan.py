@@ -24,6 +24,15 @@ class Plan:
     """Micro-batches of one device and epoch, limits taken into account."""
     steps_per_epoch: int
     total_steps: int
+    tail: int = 0
+    """Images of the last, shorter step of an epoch; 0 where there is none."""
+    tail_batches: int = 0
+    """Micro-batches of one device in it."""
+
+    def images(self, step: int) -> int:
+        """Images trained on after so many steps."""
+        epochs = step // max(1, self.steps_per_epoch)
+        return step * self.batch_size - epochs * (self.batch_size - self.tail if self.tail else 0)
 
     @property
     def epochs(self) -> int:
@@ -35,13 +44,19 @@ def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
     """The counts of a run. max_steps alone may go on past the recipe's epochs; with max_epochs the smaller one holds."""
     micro_batch, accumulate = micro_batches(config, world_size=world_size)
     t = config.trainer
-    steps = whole = facts.num_train // config.recipe.batch_size
+    whole, tail = divmod(facts.num_train, config.recipe.batch_size)
+    if config.recipe.last_batch == "drop" or t.overfit_batches:
+        tail = 0
+    steps = whole = whole + (tail > 0)
     limit = t.overfit_batches or t.limit_train_batches
     steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
     if steps < 1:
         raise ConfigError(
             f"trainer.limit_train_batches must leave one of the {whole} batches of an epoch, got {limit}; nearest: 1"
         )
+    tail = tail if steps == whole else 0
+    group = 2 if config.recipe.mixes else 1
+    last = count_tail_batches(tail, micro_batch=micro_batch, world_size=world_size, group=group)
     epochs = t.max_epochs or (None if t.max_steps else config.recipe.epochs)
     by_epochs = steps * epochs if epochs else None
     return Plan(
@@ -49,7 +64,15 @@ def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
         batch_size=config.recipe.batch_size,
         micro_batch=micro_batch,
         accumulate=accumulate,
-        batches_per_epoch=steps * accumulate,
+        batches_per_epoch=(steps - (tail > 0)) * accumulate + last,
         steps_per_epoch=steps,
         total_steps=min(count for count in (by_epochs, t.max_steps) if count is not None),
+        tail=tail,
+        tail_batches=last,
     )
+
+
+def count_tail_batches(tail: int, *, micro_batch: int, world_size: int, group: int) -> int:
+    """Micro-batches of one device that the last ``tail`` images of an epoch take, ``group`` of them never parted."""
+    groups = math.ceil(math.ceil(tail / group) / world_size)  # of the device that has most
+    return math.ceil(groups * group / micro_batch)

@@ -45,6 +45,10 @@ PLACEMENT = (
     "data.root",
     "data.download",
     "data.num_workers",
+    "data.max_unread",
+    "data.shuffle_window",  # where it matters it is part of the fingerprint
+    "data.cache_dir",
+    "data.cache_gb",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -87,7 +87,6 @@ class BatchAugment:
             images = self._erase(images, index, epoch=epoch, copy=copy)
         if not self.recipe.mixes:
             return images, batch.labels
-        assert len(images) % 2 == 0, "a micro-batch is whole pairs (config.micro_batches)"
         mixing = self.mixing(epoch, place, images.shape[-2:])
         return self._mix(images, mixing), self._mix_targets(batch.labels, mixing)
 
@@ -184,7 +183,9 @@ def _column(values: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 def _swapped(values: Tensor) -> Tensor:
-    """(B, ...) with the two of each pair in each other's place."""
+    """(B, ...) with the two of each pair in each other's place; one without a partner (an epoch's last) stays in its own."""
+    if len(values) % 2:
+        return torch.cat([_swapped(values[:-1]), values[-1:]])
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 

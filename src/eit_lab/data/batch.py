@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,3 +22,5 @@ class Batch(NamedTuple):
     """(B,) int64: the sample's index in its part of the data set, or FILLER."""
     draw: Tensor
     """(B, 3) int64: epoch, copy (of repeated augmentation) and place in the epoch's order; zeros in evaluation."""
+    unread: Sequence[tuple[int, str]] = ()
+    """(index, where it lies and what is wrong) of samples that could not be read; others stand in their places."""

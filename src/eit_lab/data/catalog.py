@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from eit_lab.config import Config, ConfigError, DataConfig, DigitsData, ImageNetData, SyntheticData, TorchvisionData
+from eit_lab.data.layouts.listing import IMAGE_SUFFIXES
 from eit_lab.runs import DataFacts
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_IMAGES = 1797
 # Debian's package dataset-fashion-mnist installs the four files here.
@@ -126,23 +126,12 @@ def _first_existing(folder: Path, stem: str) -> Path | None:
     return next((p for p in (folder / f"{stem}-ubyte", folder / f"{stem}-ubyte.gz") if p.is_file()), None)
 
 
-# ------------------------------------------------------------------------------------------------------------- ImageNet
+def _describe_imagenet(config: ImageNetData) -> DataFacts:
+    from eit_lab.data.roots import fingerprint, open_data
 
-
-def imagenet_root(config: ImageNetData) -> Path:
-    """The folder of an ImageNet-like data set, with train/ and val/ in it."""
-    if not config.root:
-        raise ConfigError(
-            "data.root must name the ImageNet folder (with train/ and val/), got null: give data.root=PATH or set "
-            "EIT_LAB_IMAGENET; without any files, experiment=demo or data=digits runs at once"
-        )
-    root = Path(config.root).expanduser()
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            there = sorted(p.name for p in root.iterdir())[:5] if root.is_dir() else None
-            found = "no such folder" if there is None else f"found {', '.join(there) or 'nothing'} there"
-            raise ConfigError(f"data.root must hold the folders train/ and val/, got {config.root!r}: {found}")
-    return root
+    root = open_data(config)
+    train, val = root.listing.splits["train"], root.listing.splits["val"]
+    return _facts(config, len(train), len(val), len(root.listing.class_names), fingerprint(config, root))
 
 
 def class_files(split: Path) -> dict[str, list[str]]:
@@ -154,33 +143,3 @@ def class_files(split: Path) -> dict[str, list[str]]:
         with os.scandir(split / name) as files:
             found[name] = sorted(f.name for f in files if f.name.lower().endswith(IMAGE_SUFFIXES))
     return found
-
-
-def _describe_imagenet(config: ImageNetData) -> DataFacts:
-    root = imagenet_root(config)
-    train, val = class_files(root / "train"), class_files(root / "val")
-    if not train:
-        raise ConfigError(f"data.root must hold one folder a class in train/, found none in {str(root / 'train')!r}")
-    if train.keys() != val.keys():
-        odd = sorted(train.keys() ^ val.keys())
-        raise ConfigError(
-            f"data.root must hold the same class folders in train/ ({len(train)}) and val/ ({len(val)}), "
-            f"got {str(root)!r}; on one side only: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
-        )
-    for split, classes in (("train", train), ("val", val)):
-        empty = [name for name, files in classes.items() if not files]
-        if empty:
-            raise ConfigError(
-                f"data.root must hold images in every class folder, got none in {str(root / split / empty[0])!r} "
-                f"({len(empty)} empty in {split}/)"
-            )
-    if config.num_classes is not None and config.num_classes != len(train):
-        raise ConfigError(
-            f"data.num_classes must be the number of class folders in train/ ({len(train)}), got {config.num_classes}"
-        )
-    digest = hashlib.sha256()
-    for classes in (train, val):
-        for name, files in classes.items():
-            digest.update(f"{name}\n{'/'.join(files)}\n".encode())
-    num_train, num_val = (sum(map(len, classes.values())) for classes in (train, val))
-    return _facts(config, num_train, num_val, len(train), digest.hexdigest()[:16])

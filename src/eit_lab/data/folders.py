@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from eit_lab.config import ConfigError, DataConfig, ImageNetData, as_hw
 from eit_lab.data.batch import FILLER, Batch
-from eit_lab.data.imagenet import eval_crop
+from eit_lab.data.crops import eval_crop
 from eit_lab.data.order import Item
 from eit_lab.data.variants import Variant
 

@@ -1,134 +1,204 @@
-"""ImageNet in folders, read through torchvision: random resized crop, flip and RandAugment in training, resize and centre
-crop else.
+"""ImageNet and what is laid out like it, wherever it lies (layouts/): batches of bytes, cropped and augmented by the worker.
 
 Where we differ from torchvision's transforms: the draws are a function of (seed, epoch, sample index, copy), not of a
-worker's generator, so the same image gets the same crop in the same epoch on any number of workers, ranks and restarts.
+worker's generator, so the same image gets the same crop in the same epoch on any number of workers, ranks and restarts,
+and from a folder the same as from shards.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.utils.data import Dataset, get_worker_info
 
 from eit_lab.command import RunError
 from eit_lab.config import ConfigError, ImageNetData, RecipeConfig, as_hw
 from eit_lab.data.batch import FILLER, Batch
-from eit_lab.data.catalog import describe, imagenet_root
-from eit_lab.data.order import Item, held_out, uniform
-from eit_lab.data.rand_augment import ImageAugment, build_image_augment, global_states_kept
+from eit_lab.data.catalog import describe
+from eit_lab.data.crops import CROP_STREAMS, FastCrops, PilCrops
+from eit_lab.data.decode import DecodeError
+from eit_lab.data.order import Item, Windows, held_out, uniform
+from eit_lab.data.prefetch import Prefetcher, Wanted
+from eit_lab.data.rand_augment import ImageAugment, build_image_augment
+from eit_lab.data.rand_ops import hold_one_thread
+from eit_lab.data.reading import SampleError, SampleReader
+from eit_lab.data.roots import notes, open_data
 
-_CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_FLIP_STREAM = 0
 
 
-class FolderImages(Dataset[Batch]):
-    """Some images of an ImageFolder, decoded and cropped one by one; augmented where there is an ``augment_seed``."""
+class StreamedImages(Dataset[Batch]):
+    """Some samples of a split, decoded and cropped a batch at a time; augmented where there is an ``augment_seed``."""
 
     def __init__(
         self,
-        folder: ImageFolder,
+        reader: SampleReader,
         chosen: NDArray[np.int64],
         config: ImageNetData,
         *,
+        class_names: Sequence[str],
+        notes: Sequence[str] = (),
+        windows: Windows | None = None,
+        file_order: NDArray[np.int64] | None = None,
         augment_seed: int | None = None,
         image_augment: ImageAugment | None = None,
     ) -> None:
-        self.folder, self.chosen, self.config = folder, chosen, config
+        self.reader, self.chosen, self.config = reader, chosen, config
+        self.class_names, self.notes = tuple(class_names), tuple(notes)
+        self.windows = windows
+        """How the order of training goes through the files, where they are fetched whole; else None."""
+        self.file_order = file_order
+        """Indices in the order of the files, for evaluation, where they are fetched whole; else None."""
         self.augment_seed, self.image_augment = augment_seed, image_augment
+        hold_one_thread()  # before workers are forked
+        crops = PilCrops if config.decode == "pil" else FastCrops
+        self._crops = crops(min_share=config.min_crop_share, resize_share=config.eval_resize_share)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def prefetcher(self) -> Prefetcher | None:
+        """What fetches files before they are needed, where they are fetched at all."""
+        return None if self.reader.files is None else Prefetcher(self.reader.files)
+
+    def files_ahead(self, *, seed: int, epoch: int, window: int) -> list[Wanted]:
+        """The files of a window of training and of the next one, in the order in which they are needed."""
+        assert self.windows is not None
+        files, windows = self.windows.files_in_turn(seed=seed, epoch=epoch)
+        ahead = files[(windows == window) | (windows == window + 1)]
+        if window == windows[-1]:
+            files, windows = self.windows.files_in_turn(seed=seed, epoch=epoch + 1)
+            ahead = np.concatenate([ahead, files[windows == 0]])
+        return [self.reader.wanted(container) for container in dict.fromkeys(ahead.tolist())]
+
+    def name(self, index: int) -> str:
+        """Where a sample lies, for people."""
+        return self.reader.name(int(self.chosen[index]))
+
     def __getitem__(self, items: Sequence[Item]) -> Batch:
-        """The batch of these samples; augmented by (seed, epoch, index, copy) when this is a training set."""
-        with global_states_kept():
-            loaded = [self._load(epoch, index, copy) for epoch, index, copy, _ in items]
+        """The batch of these samples; augmented by (seed, epoch, index, copy) when this is a training set.
+
+        What cannot be read is in ``unread``. In training the next sample of the batch that can be stands in its place, in
+        evaluation a blank FILLER. Raises RunError where none of the batch can be read.
+        """
+        h, w = as_hw(self.config.img_size)
+        images = _new_batch(len(items), h, w)
+        rows = np.array(items, dtype=np.int64)
+        epoch, index, copy, _ = rows.T
+        draws = self._draws(index, epoch, copy)
+        unread: dict[int, str] = {}
+        for place, item in enumerate(items):
+            target = images[place]
+            if item[1] == FILLER:
+                target.zero_()
+                continue
+            try:
+                self._load(target, item, None if draws is None else draws[:, place])
+            except SampleError as error:
+                unread[place] = str(error)
+            except DecodeError as error:
+                unread[place] = f"{self.name(item[1])}: cannot be decoded: {error}"
+        report = [(items[place][1], reason) for place, reason in unread.items()]
+        labels = self.reader.index.label[self.chosen[index]].astype(np.int64)
+        labels[index == FILLER] = 0
+        if unread:
+            self._fill_in(sorted(unread), images, labels, rows)
+        epoch, index, copy, order_place = rows.T
         return Batch(
-            torch.stack([image for image, _ in loaded]),
-            torch.tensor([label for _, label in loaded]),
-            torch.tensor([index for _, index, _, _ in items]),
-            torch.tensor([(epoch, copy, place) for epoch, _, copy, place in items]),
+            images,
+            torch.from_numpy(labels),
+            torch.from_numpy(index.copy()),
+            torch.from_numpy(np.stack([epoch, copy, order_place], axis=1)),
+            report,
         )
 
-    def _load(self, epoch: int, index: int, copy: int) -> tuple[Tensor, int]:
-        hw = as_hw(self.config.img_size)
-        if index == FILLER:
-            return torch.zeros((self.config.in_chans, *hw), dtype=torch.uint8), 0
-        path, label = self.folder.samples[self.chosen[index]]
-        try:
-            image = self.folder.loader(path)
-        except OSError as error:
-            raise RunError(f"data.root: {path} cannot be read: {error.strerror or error}") from None
+    def _draws(
+        self, index: NDArray[np.int64], epoch: NDArray[np.int64], copy: NDArray[np.int64]
+    ) -> NDArray[np.float64] | None:
+        """(streams, B) of the flip and the first attempt at a crop, which nearly always fits."""
         if self.augment_seed is None:
-            image = eval_crop(image, hw, resize_share=self.config.eval_resize_share)
-        else:
-            image = self._augment(image, hw, epoch, index, copy)
-        return F.pil_to_tensor(image), label
+            return None
+        return np.stack(
+            [
+                uniform(index, seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream)
+                for stream in (_FLIP_STREAM, *CROP_STREAMS)
+            ]
+        )
 
-    def _augment(self, image: Image.Image, hw: tuple[int, int], epoch: int, index: int, copy: int) -> Image.Image:
-        """In timm's order: crop, flip, RandAugment or colour jitter."""
+    def _load(self, target: Tensor, item: Item, draws: NDArray[np.float64] | None) -> None:
+        """One sample into its place, in timm's order: crop, flip, RandAugment or colour jitter."""
+        epoch, index, copy, _ = item
+        sample = self.reader.read(int(self.chosen[index]))
+        if draws is None:
+            self._crops.evaluate(sample, target)
+            return
 
         def draw(stream: int) -> float:
+            if stream < len(draws):
+                return float(draws[stream])
             assert self.augment_seed is not None
             return float(uniform(np.array([index]), seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream)[0])
 
-        top, left, height, width = self._crop_box(image.size, draw)
-        image = F.resized_crop(image, top, left, height, width, list(hw), InterpolationMode.BICUBIC)
-        image = F.horizontal_flip(image) if draw(0) < self.config.hflip else image
-        return image if self.image_augment is None else self.image_augment(image, index, epoch=epoch, copy=copy)
+        self._crops.train(sample, target, draw, flip=draw(_FLIP_STREAM) < self.config.hflip)
+        if self.image_augment is not None:
+            pixels = target.permute(1, 2, 0).numpy()
+            pixels[:] = self.image_augment.augment(pixels, index, epoch=epoch, copy=copy)
 
-    def _crop_box(self, size: tuple[int, int], draw: Callable[[int], float]) -> tuple[int, int, int, int]:
-        """(top, left, height, width): area share uniform, aspect ratio log-uniform in [3/4, 4/3], as published."""
-        width, height = size
-        for attempt in range(_CROP_TRIES):
-            share, ratio, y, x = (draw(1 + 4 * attempt + k) for k in range(4))
-            area = width * height * (self.config.min_crop_share + share * (1 - self.config.min_crop_share))
-            aspect = math.exp((2 * ratio - 1) * math.log(4 / 3))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
-        h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-        return (height - h) // 2, (width - w) // 2, h, w
+    def _fill_in(self, bad: Sequence[int], images: Tensor, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        good = [place for place in range(len(rows)) if place not in set(bad)]
+        for place in bad:
+            if self.augment_seed is None:
+                images[place].zero_()
+                labels[place], rows[place, 1] = 0, FILLER
+                continue
+            if not good:
+                raise RunError(f"none of the {len(rows)} images of a batch can be read; {self.name(int(rows[0, 1]))}")
+            other = next((p for p in good if p > place), good[0])
+            images[place] = images[other]
+            labels[place] = labels[other]
+            rows[place, :3] = rows[other, :3]
 
 
-def eval_crop(image: Image.Image, hw: tuple[int, int], *, resize_share: float) -> Image.Image:
-    """Resize, bicubic, so that the crop takes ``resize_share`` of the tighter side; then the centre crop of (h, w).
-
-    For a square crop this is torchvision's Resize(h / resize_share) and CenterCrop(h), pixel for pixel.
-    """
-    h, w = hw
-    if image.height * w <= image.width * h:
-        height = round(h / resize_share)
-        width = int(height * image.width / image.height)
+def _new_batch(count: int, h: int, w: int) -> Tensor:
+    """(B, 3, h, w) uint8 that lies as (B, h, w, 3); in a worker where the training process can read it without a copy."""
+    size = count * h * w * 3
+    if get_worker_info() is None:
+        flat = torch.empty(size, dtype=torch.uint8)
     else:
-        width = round(w / resize_share)
-        height = int(width * image.height / image.width)
-    return F.center_crop(F.resize(image, [height, width], InterpolationMode.BICUBIC), [h, w])
+        flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    return flat.view(count, h, w, 3).permute(0, 3, 1, 2)
 
 
 def load_imagenet(
     config: ImageNetData, recipe: RecipeConfig, *, seed: int
-) -> Mapping[Literal["train", "val", "test"], FolderImages]:
-    """train, a held-out slice of it as val, and the folder val/ as test; ``recipe`` chooses the augmentation of train."""
+) -> Mapping[Literal["train", "val", "test"], StreamedImages]:
+    """train, a held-out slice of it as val, and the split val as test; ``recipe`` chooses the augmentation of train."""
     if config.in_chans != 3:
         raise ConfigError(f"data.in_chans must be 3 for {config.name}, got {config.in_chans}; nearest: 3")
-    root: Path = imagenet_root(config)
-    folder, test = ImageFolder(str(root / "train")), ImageFolder(str(root / "val"))
-    train, val = held_out(len(folder), describe(config).num_val, split_seed=config.split_seed)
-    image_augment = build_image_augment(config, recipe, seed=seed)
+    root = open_data(config)
+    train_reader, test_reader = root.reader("train"), root.reader("val")
+    file = train_reader.index.container.astype(np.int64) if root.windowed else None
+    train, val = held_out(len(train_reader), describe(config).num_val, split_seed=config.split_seed, file=file)
+    windows = None if file is None else Windows(file[train], config.shuffle_window)
+    test = np.arange(len(test_reader))
+    image_augment = build_image_augment(config, recipe, seed=seed, exact=config.decode == "pil")
+    names = root.listing.class_names
     return {
-        "train": FolderImages(folder, train, config, augment_seed=seed, image_augment=image_augment),
-        "val": FolderImages(folder, val, config),
-        "test": FolderImages(test, np.arange(len(test)), config),
+        "train": StreamedImages(
+            train_reader,
+            train,
+            config,
+            class_names=names,
+            notes=notes(config, root),
+            windows=windows,
+            augment_seed=seed,
+            image_augment=image_augment,
+        ),
+        "val": StreamedImages(train_reader, val, config, class_names=names, file_order=root.file_order("train", val)),
+        "test": StreamedImages(test_reader, test, config, class_names=names, file_order=root.file_order("val", test)),
     }

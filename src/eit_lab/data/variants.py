@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eit_lab.config import ConfigError
-from eit_lab.data.catalog import IMAGE_SUFFIXES, class_files
+from eit_lab.data.catalog import class_files
+from eit_lab.data.layouts.listing import IMAGE_SUFFIXES
 
 NO_CLASS = -1
 """Fills up the rows of ``Variant.targets``."""

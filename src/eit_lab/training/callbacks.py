@@ -38,7 +38,7 @@ def peak_flops(device_name: str, given_tflops: float | None) -> float | None:
 
 def progress_of(trainer: Trainer, plan: Plan) -> dict[str, int]:
     """Where a run is: what every row of metrics carries."""
-    return {"epoch": trainer.current_epoch, "images": trainer.global_step * plan.batch_size}
+    return {"epoch": trainer.current_epoch, "images": plan.images(trainer.global_step)}
 
 
 class Clock(Callback):
@@ -190,12 +190,12 @@ class RecordKeeper(Callback):
             **now,
             "epochs": trainer.max_epochs,
             "steps": self.plan.total_steps,
-            "images": trainer.global_step * self.plan.batch_size,
+            "images": self.plan.images(trainer.global_step),
             **metrics,
         }
         self.note_clock()
         for logger in trainer.loggers:
-            row = {**metrics, "epoch": now["epoch"], "images": trainer.global_step * self.plan.batch_size}
+            row = {**metrics, "epoch": now["epoch"], "images": self.plan.images(trainer.global_step)}
             logger.log_metrics(row, step=trainer.global_step)
         if trainer.is_global_zero:
             write_record(self.folder, self.record)

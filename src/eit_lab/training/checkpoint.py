@@ -319,7 +319,7 @@ class Keeper(Callback):
             "step": step,
             "epoch": epoch,
             "steps_in_epoch": step - epoch * self.plan.steps_per_epoch,
-            "images": step * self.plan.batch_size,
+            "images": self.plan.images(step),
             "world_size": self.plan.world_size,
             "random": self.ranks.gather(self._run_random()),
         }

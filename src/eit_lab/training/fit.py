@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ from eit_lab.training.trainer import build_trainer, device_name, quiet_lightning
 from eit_lab.training.wandb_log import WandbLog
 
 _LINES_OF_ERROR = 12
+_OUR_ERROR = re.compile(r"^eit_lab\.[\w.]+Error: ")  # as a worker process of the loader hands it on
 _EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 
 
@@ -104,7 +106,7 @@ def _one_line(error: BaseException, run: Run) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("eit_lab.command.RunError: ")
+        text = _OUR_ERROR.sub("", (str(error).strip() or type(error).__name__).splitlines()[-1])
     good = next((path.name for path in run.resume_candidates() if path.exists()), None)
     return text if good is None or "is intact" in text else f"{text}; {good} is intact"
 
@@ -161,8 +163,10 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         model.compile()
     augment = BatchAugment(config.data, config.recipe, num_classes=facts.num_classes, seed=config.seed)
     classifier = Classifier(model, config.recipe, augment, ema=ema, plan=cut, ranks=ranks)
-    data = ImageData(config, start=position(content, cut))
+    data = ImageData(config, start=position(content, cut), folder=run.folder)
     data.setup("fit")
+    check_shares(data, ranks)
+    record["unread"] = data.unread.texts
 
     clock = Clock(cut)
     reference = config.recipe.reference if isinstance(config.data, ImageNetData) else None
@@ -197,7 +201,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     }
     if ranks.is_main:
         write_classes(config, run, data)
-        print(summary(config, facts, run, cost, cut, record["placement"], notes), flush=True)
+        place = record["placement"]
+        print(summary(config, facts, run, cost, cut, place, from_notes=notes, data_notes=data.notes), flush=True)
     loggers += build_loggers(config, run, ranks)
     trainer.loggers = loggers
 
@@ -207,6 +212,7 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         keeper.note_clock()
         record["steps"] = trainer.global_step
         finish(config, run, trainer, classifier, data, record, ranks)
+        data.unread.refresh()
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -214,8 +220,32 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     except RuntimeError as error:  # DistBackendError is one
         if ranks.world_size > 1 and _is_lost_connection(error):
             raise RunError("the connection to another process of this run broke") from error
+        if "DataLoader worker" in str(error) and "Traceback" not in str(error):
+            raise RunError(_lost_worker(str(error))) from error
         raise
     ranks.close()
+
+
+def check_shares(data: ImageData, ranks: Ranks) -> None:
+    """Every rank has as many micro-batches, and together they have each sample of an epoch once; else RunError."""
+    batches = data.train_batches()
+    epoch = batches.epoch
+    shares = ranks.gather(batches.share(epoch))
+    counts = [share[0] for share in shares]
+    if len(set(counts)) > 1:
+        raise RunError(f"every process must get as many batches of an epoch, got {counts}")
+    found = sum(share[1] for share in shares), sum(share[2] for share in shares) % 2**64
+    if found != batches.whole(epoch):
+        raise RunError(
+            f"the {ranks.world_size} processes must share an epoch's {batches.whole(epoch)[0]:,} samples, each once; "
+            f"they have {found[0]:,}{' others' if found[0] == batches.whole(epoch)[0] else ''}"
+        )
+
+
+def _lost_worker(text: str) -> str:
+    """What torch says of a worker process that has gone, and what to do."""
+    said = text.strip().splitlines()[0].rstrip(". ")
+    return f"{said}; if memory ran out, fewer data.num_workers take less; the same command goes on"
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

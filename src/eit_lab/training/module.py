@@ -110,9 +110,27 @@ class Classifier(LightningModule):
         logits = self(images)
         targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        weight = self._weight(batch)
+        if weight != 1:
+            loss = loss * weight
         self._losses.append(loss.detach())
         self._indices.append(batch.index)
         return loss
+
+    def _weight(self, batch: Batch) -> float:
+        """1, but in an epoch's last, shorter step what makes its gradient the mean over its images.
+
+        The loss is the mean of a micro-batch; gradients are divided by the number of micro-batches of a whole step, and
+        averaged over the ranks. What only fills a rank up counts nothing.
+        """
+        plan = self.plan
+        if plan is None or not plan.tail:
+            return 1.0
+        place = batch.draw[0, 2].item()
+        if place == FILLER:
+            return 0.0
+        in_tail = place >= (plan.steps_per_epoch - 1) * plan.batch_size
+        return len(batch.images) * plan.world_size * plan.accumulate / plan.tail if in_tail else 1.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are complete: note loss and norm, and refuse or skip a step that is not finite.
@@ -122,9 +140,7 @@ class Classifier(LightningModule):
         assert self.ranks is not None
         assert self.plan is not None
         norm = self._gradient_norm()
-        loss, grad_norm = self.ranks.mean(
-            torch.stack([torch.stack(self._losses).mean().float(), norm.float()])
-        ).tolist()
+        loss, grad_norm = self.ranks.mean(torch.stack([self._step_loss().float(), norm.float()])).tolist()
         lr = max(group["lr"] for group in optimizer.param_groups)
         self.last_step = StepFacts(loss, grad_norm, lr)
         self._norms.append(grad_norm)
@@ -135,6 +151,11 @@ class Classifier(LightningModule):
             self._skip_or_stop(optimizer)
         self._losses.clear()
         self._indices.clear()
+
+    def _step_loss(self) -> Tensor:
+        assert self.plan is not None
+        losses = torch.stack(self._losses)
+        return losses.mean() if len(losses) == self.plan.accumulate else losses.sum() / self.plan.accumulate
 
     def _gradient_norm(self) -> Tensor:
         sharded = self.trainer.strategy.model

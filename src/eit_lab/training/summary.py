@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ from eit_lab.units import si
 
 
 def summary(
-    config: Config, facts: DataFacts, run: Run, cost: Cost, plan: Plan, placement: dict[str, Any], notes: list[str]
+    config: Config,
+    facts: DataFacts,
+    run: Run,
+    cost: Cost,
+    plan: Plan,
+    placement: dict[str, Any],
+    *,
+    from_notes: Sequence[str] = (),
+    data_notes: Sequence[str] = (),
 ) -> str:
-    """Model, data and cost in a few lines, before the first step."""
+    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, and of the data."""
     model, data, recipe = config.model, config.data, config.recipe
     splits = model.layer_splits()
-    images = plan.total_steps * recipe.batch_size
+    images = plan.images(plan.total_steps)
     h, w = cost.grid
     norm = "; batch norm over " + _normed(placement, plan) if _has_batch_norm(config) else ""
     rows = [
@@ -33,11 +42,12 @@ def summary(
         ("cost", f"{cost.params:,} parameters; {si(cost.macs, digits=3)} MACs an image ({si(cost.macs_thop, digits=3)} as thop counts)"),
         ("data", f"{data.name}: {facts.num_train:,} train, {facts.num_val:,} held out of train, {facts.num_test:,} test; "
                  f"{facts.num_classes} classes; {_size(data.img_size)} px"),
+        *(("", note) for note in data_notes),
         ("recipe", f"{recipe.name}: {plan.total_steps:,} steps of {recipe.batch_size} images ({images / facts.num_train:.3g} epochs), "
                    f"peak learning rate {recipe.lr:g}; {si(3 * cost.macs * images)} MACs in all"),
         ("on", f"{placement['world_size']} x {placement['device']}, {placement['precision']}, "
                f"{plan.micro_batch} images a device and micro-batch, {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)} a step"),
-        *(("from", note) for note in notes),
+        *(("from", note) for note in from_notes),
         ("run", f"{run.folder}  ({'resumed' if run.state == 'resume' else 'new'}, seed {config.seed})"),
     ]  # fmt: skip
     return "\n".join(f"{name:>7}  {text}" for name, text in rows)
