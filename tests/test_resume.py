@@ -293,7 +293,7 @@ def test_a_vanished_data_root_is_one_line_and_the_run_goes_on_when_it_is_back(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eit_lab:")]
     assert len(said) == 1
     assert said[0].startswith("eit_lab: images/train/")
-    assert "cannot be read: No such file or directory; data.max_unread lets images be left out, now 0" in said[0]
+    assert "cannot be read: No such file or directory; nor can the other 7 images of its batch be read" in said[0]
     assert said[0].endswith("last.ckpt is intact")
     (here / "gone").rename(here / "images")
     assert main(words) == 0

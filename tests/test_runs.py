@@ -282,7 +282,7 @@ def test_a_failure_is_on_record_with_its_last_lines(command: Command, damaged: P
     assert record["status"] == "failed"
     assert record["error"].startswith(f"{damaged}/train/n00000000/cut_")
     assert "cannot be decoded: Premature end of JPEG file" in record["error"]
-    assert any("_load" in line for line in record["error_lines"])
+    assert any("max_unread" in line for line in record["error_lines"])
     assert "resume: " in done.err
 
 

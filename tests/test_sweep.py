@@ -56,7 +56,7 @@ def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     manifest = json.loads((folder / "sweep.json").read_text())
     assert [job["status"] for job in manifest["jobs"]] == ["failed", "finished"]
-    assert "eit_lab: data.root: " in done.err
+    assert f"eit_lab: {damaged}/train/" in done.err
     assert "cannot be decoded: Premature end of JPEG file" in done.err
     assert f"failed: job 1 (data.root={damaged})" in done.err
     assert "1 finished, 1 failed" in done.out

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import cv2
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -68,7 +69,10 @@ def eval_crop(image: Image.Image, hw: tuple[int, int], *, resize_share: float) -
 
 
 def resize_into(target: Tensor, pixels: Pixels) -> None:
-    """Resize (H, W, 3) pixels, antialiased and bicubic, into ``target``, (3, h, w) uint8 that lies as (h, w, 3)."""
+    """Resize (H, W, 3) pixels, antialiased and bicubic, into ``target``, (3, h, w) uint8 that lies as (h, w, 3).
+
+    They should lie without gaps: else torch copies them, into new memory each time.
+    """
     source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     if source.shape[-2:] == target.shape[-2:]:
         target.copy_(source[0])
@@ -82,6 +86,7 @@ class FastCrops:
     def __init__(self, *, min_share: float, resize_share: float) -> None:
         self.min_share, self.resize_share = min_share, resize_share
         self._decoder = Decoder()
+        self._room = np.empty(0, dtype=np.uint8)
 
     def train(self, sample: Sample, target: Tensor, draw: Draw, *, flip: bool) -> None:
         """A random crop of a sample into ``target``, (3, h, w) that lies as (h, w, 3). Raises DecodeError."""
@@ -93,10 +98,17 @@ class FastCrops:
             pixels = self._decoder.decode(sample.data)
             box = random_box((pixels.shape[1], pixels.shape[0]), draw, min_share=self.min_share)
             crop = pixels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-        resize_into(target, crop)
+        resize_into(target, self._without_gaps(crop))
         if flip:
             pixels = target.permute(1, 2, 0).numpy()
             cv2.flip(pixels, 1, pixels)
+
+    def _without_gaps(self, crop: Pixels) -> Pixels:
+        if crop.size > self._room.size:
+            self._room = np.empty(crop.size, dtype=np.uint8)
+        whole = self._room[: crop.size].reshape(crop.shape)
+        np.copyto(whole, crop)
+        return whole
 
     def evaluate(self, sample: Sample, target: Tensor) -> None:
         """The centre crop of a sample, resized, into ``target``. Raises DecodeError."""

@@ -30,6 +30,7 @@ from eit_lab.data.reading import SampleError, SampleReader
 from eit_lab.data.roots import notes, open_data
 
 _FLIP_STREAM = 0
+_DRAWN = 1 + 3 * len(CROP_STREAMS)  # of the flip and three attempts at a crop, which are enough for nearly all
 
 
 class StreamedImages(Dataset[Batch]):
@@ -98,7 +99,7 @@ class StreamedImages(Dataset[Batch]):
                 target.zero_()
                 continue
             try:
-                self._load(target, item, None if draws is None else draws[:, place])
+                self._load(target, item, None if draws is None else draws[place])
             except SampleError as error:
                 unread[place] = str(error)
             except DecodeError as error:
@@ -107,6 +108,8 @@ class StreamedImages(Dataset[Batch]):
         labels = self.reader.index.label[self.chosen[index]].astype(np.int64)
         labels[index == FILLER] = 0
         if unread:
+            if self.augment_seed is not None and len(unread) == len(items):
+                raise RunError(f"{report[0][1]}; nor can the other {len(items) - 1} images of its batch be read")
             self._fill_in(sorted(unread), images, labels, rows)
         epoch, index, copy, order_place = rows.T
         return Batch(
@@ -119,32 +122,31 @@ class StreamedImages(Dataset[Batch]):
 
     def _draws(
         self, index: NDArray[np.int64], epoch: NDArray[np.int64], copy: NDArray[np.int64]
-    ) -> NDArray[np.float64] | None:
-        """(streams, B) of the flip and the first attempt at a crop, which nearly always fits."""
+    ) -> list[list[float]] | None:
+        """Numbers of the first streams for each sample: one at a time they would cost a tenth of its decoding."""
         if self.augment_seed is None:
             return None
-        return np.stack(
-            [
-                uniform(index, seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream)
-                for stream in (_FLIP_STREAM, *CROP_STREAMS)
-            ]
-        )
+        streams = [
+            uniform(index, seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream) for stream in range(_DRAWN)
+        ]
+        drawn: list[list[float]] = np.stack(streams, axis=1).tolist()
+        return drawn
 
-    def _load(self, target: Tensor, item: Item, draws: NDArray[np.float64] | None) -> None:
+    def _load(self, target: Tensor, item: Item, drawn: list[float] | None) -> None:
         """One sample into its place, in timm's order: crop, flip, RandAugment or colour jitter."""
         epoch, index, copy, _ = item
         sample = self.reader.read(int(self.chosen[index]))
-        if draws is None:
+        if drawn is None:
             self._crops.evaluate(sample, target)
             return
 
         def draw(stream: int) -> float:
-            if stream < len(draws):
-                return float(draws[stream])
+            if stream < _DRAWN:
+                return drawn[stream]
             assert self.augment_seed is not None
             return float(uniform(np.array([index]), seed=self.augment_seed, epoch=epoch, copy=copy, stream=stream)[0])
 
-        self._crops.train(sample, target, draw, flip=draw(_FLIP_STREAM) < self.config.hflip)
+        self._crops.train(sample, target, draw, flip=drawn[_FLIP_STREAM] < self.config.hflip)
         if self.image_augment is not None:
             pixels = target.permute(1, 2, 0).numpy()
             pixels[:] = self.image_augment.augment(pixels, index, epoch=epoch, copy=copy)
@@ -156,8 +158,6 @@ class StreamedImages(Dataset[Batch]):
                 images[place].zero_()
                 labels[place], rows[place, 1] = 0, FILLER
                 continue
-            if not good:
-                raise RunError(f"none of the {len(rows)} images of a batch can be read; {self.name(int(rows[0, 1]))}")
             other = next((p for p in good if p > place), good[0])
             images[place] = images[other]
             labels[place] = labels[other]

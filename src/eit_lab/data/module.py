@@ -29,10 +29,17 @@ Part = Literal["train", "val", "test"]
 class ImageData(LightningDataModule):
     """Loaders of Batch. ``start``: (epoch, micro-batches of it that were taken already), where a run is resumed."""
 
-    def __init__(self, config: Config, *, start: tuple[int, int] = (0, 0), folder: Path | None = None) -> None:
-        """``folder``: of the run, where images that cannot be read are noted."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        start: tuple[int, int] = (0, 0),
+        place: tuple[int, int] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """``place``: (rank, world size), else the trainer's; ``folder``: of the run, where unreadable images are noted."""
         super().__init__()
-        self.config, self.start = config, start
+        self.config, self.start, self.place = config, start, place
         limit = config.data.max_unread if isinstance(config.data, ImageNetData) else 0
         self.unread = Unread(limit, path=None if folder is None else folder / "unread.jsonl")
         self._prefetcher: Prefetcher | None = None
@@ -169,6 +176,8 @@ class ImageData(LightningDataModule):
         return max(1, len(os.sched_getaffinity(0)) // local)
 
     def _place(self) -> tuple[int, int]:
+        if self.place is not None:
+            return self.place
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 

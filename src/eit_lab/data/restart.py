@@ -33,6 +33,9 @@ _ALONE = (0x01, *range(0xD0, 0xD8))  # markers without a length
 _LONGEST_SEGMENT = 0xFFFF
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _END = b"\xff\xd9"
+_MARKERS = np.tile(
+    np.arange(0xD0, 0xD8, dtype=np.uint8), 1 << 15
+)  # more than any image has (65,535 px, 64 px a segment)
 
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -168,19 +171,18 @@ def cut(data: Bytes, segments: Segments, *, x: int, y: int, w: int, h: int) -> C
     top, bottom = max(0, y - _MARGIN) // sh, -(-min(segments.height, y + h + _MARGIN) // sh)
     width = min(segments.width, right * sw) - left * sw
     height = min(segments.height, bottom * sh) - top * sh
-    offsets = segments.offsets
-    cutout = bytearray(data[: int(offsets[0])])
-    struct.pack_into(">HH", cutout, segments.size_at, height, width)
     # Rows of segments as they lie, markers between them included; then each marker gets its number in the new order.
-    rows = np.arange(top, bottom) * per_row
-    firsts, lasts = offsets[rows + left], offsets[rows + right]
+    begins = segments.offsets[:-1].reshape(-1, per_row)[top:bottom, left]
+    ends = segments.offsets[1:].reshape(-1, per_row)[top:bottom, left:right]
+    head = int(segments.offsets[0])
     view = memoryview(data)
-    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-        cutout += view[first:last]
-    lengths = np.diff(offsets)[(rows[:, None] + np.arange(left, right)).ravel()]
-    markers = np.cumsum(lengths) + int(offsets[0]) - 1
+    rows = [view[begin:end] for begin, end in zip(begins.tolist(), ends[:, -1].tolist(), strict=True)]
+    cutout = bytearray().join([view[:head], *rows])
+    struct.pack_into(">HH", cutout, segments.size_at, height, width)
+    lengths = ends[:, -1] - begins
+    moved = head + np.cumsum(lengths) - lengths - begins  # how far each row lies from where it lay
     array = np.frombuffer(cutout, dtype=np.uint8)
-    array[markers] = 0xD0 + (np.arange(len(markers)) & 7)
+    array[(ends + (moved - 1)[:, None]).ravel()] = 0xD0 + (np.arange(ends.size) & 7)
     array[-1] = 0xD9  # where the next marker would be, the image ends
     return Cutout(cutout, left * sw, top * sh, width, height)
 

@@ -163,7 +163,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         model.compile()
     augment = BatchAugment(config.data, config.recipe, num_classes=facts.num_classes, seed=config.seed)
     classifier = Classifier(model, config.recipe, augment, ema=ema, plan=cut, ranks=ranks)
-    data = ImageData(config, start=position(content, cut), folder=run.folder)
+    place = ranks.rank, ranks.world_size
+    data = ImageData(config, start=position(content, cut), place=place, folder=run.folder)
     data.setup("fit")
     check_shares(data, ranks)
     record["unread"] = data.unread.texts
@@ -201,8 +202,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     }
     if ranks.is_main:
         write_classes(config, run, data)
-        place = record["placement"]
-        print(summary(config, facts, run, cost, cut, place, from_notes=notes, data_notes=data.notes), flush=True)
+        text = summary(config, facts, run, cost, cut, record["placement"], from_notes=notes, data_notes=data.notes)
+        print(text, flush=True)
     loggers += build_loggers(config, run, ranks)
     trainer.loggers = loggers
 

@@ -1,0 +1,282 @@
+"""Measure the data loading of this machine side by side with torchvision's and timm's: ``python -m eit_lab.bench data``.
+
+Nothing is downloaded: the JPEGs are cut from photographs that scikit-learn ships, or that you name.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eit_lab import command
+
+if TYPE_CHECKING:
+    from eit_lab.benchmark.results import Results
+
+_HELP = """\
+Measure what a worker delivers: torchvision, timm and eit_lab in turn, on JPEGs made here, against the goals we set.
+
+  python -m eit_lab.bench data [images=N] [photos=FOLDER] [out=FOLDER] [rounds=N] [seconds=S] [batch=N] [cache=FOLDER] [fresh=true]
+
+  images    JPEGs of 500x375 px, about 100 KB each                                               [2000]
+  photos    photographs to cut them from (JPEG, PNG), e.g. of a Debian package of wallpapers     [scikit-learn's two]
+  out       folder of the record: data.md, data.json, data.png, data.svg                         [bench-data]
+  rounds    turns of each loader; what is compared is compared within a round                    [5]
+  seconds   of a turn                                                                            [4]
+  batch     images of a batch                                                                    [128]
+  cache     where images and shards stay for the next time                                       [EIT_LAB_CACHE, ~/.cache/eit_lab]
+  fresh     make them anew                                                                       [false]
+
+Takes about six minutes; let the machine do nothing else. jpegtran is needed, and for one row a C compiler with jpeglib.h.
+Exit status 0 whether the goals are met or not; 2 for wrong input.
+"""
+_DEFAULTS = {
+    "images": "2000", "photos": "", "out": "bench-data", "rounds": "5", "seconds": "4", "batch": "128", "cache": "", "fresh": "false",
+}  # fmt: skip
+_FEWEST_BATCHES = 4  # that the images must make
+_CROPS_PER_S = 500  # for each second of a loader's turn: about half of it
+_MEMORY_BATCHES = 10  # for each second of a loader's turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command's words."""
+
+    images: int
+    photos: str | None
+    out: Path
+    rounds: int
+    seconds: float
+    batch: int
+    cache: Path
+    fresh: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit status 0, 2 for wrong input."""
+    return command.run(_main, argv, help_text=_HELP)
+
+
+def _main(argv: list[str]) -> int:
+    from eit_lab.config import ConfigError
+    from eit_lab.loading import nearest
+
+    if argv[0] != "data":
+        raise ConfigError(f"bench must be one of data, got {argv[0]!r}{nearest(argv[0], ['data'])}")
+    options = _options(argv[1:])
+    from eit_lab.benchmark.results import summarise
+
+    results = _measure(options)
+    summary = summarise(results, command=f"python -m eit_lab.bench {shlex.join(argv)}")
+    print("\n".join(summary.lines))
+    for path in summary.save(options.out):
+        print(path)
+    return 0
+
+
+def _options(words: Sequence[str]) -> Options:
+    from eit_lab.config import ConfigError
+    from eit_lab.loading import nearest
+
+    told = dict(_DEFAULTS)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in told:
+            raise ConfigError(
+                f"bench data takes {', '.join(_DEFAULTS)} as key=value, got {word!r}{nearest(key, list(told))}"
+            )
+        told[key] = value
+    for key in ("images", "rounds", "batch"):
+        if not told[key].isdigit() or int(told[key]) == 0:
+            raise ConfigError(f"{key} must be a whole number of 1 or more, got {told[key]!r}")
+    try:
+        seconds = float(told["seconds"])
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 3600:
+        raise ConfigError(f"seconds must be a number above 0, got {told['seconds']!r}")
+    if told["fresh"] not in ("true", "false"):
+        raise ConfigError(f"fresh must be true or false, got {told['fresh']!r}")
+    images, batch = int(told["images"]), int(told["batch"])
+    if images < _FEWEST_BATCHES * batch or images < 100:
+        least = max(100, _FEWEST_BATCHES * batch)
+        raise ConfigError(
+            f"images must be {_FEWEST_BATCHES} batches ({batch} each) or more, and 100, got {images}; nearest: {least}"
+        )
+    cache = told["cache"] or os.environ.get("EIT_LAB_CACHE") or ""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eit_lab"
+    return Options(
+        images=images,
+        photos=told["photos"] or None,
+        out=Path(told["out"]).expanduser(),
+        rounds=int(told["rounds"]),
+        seconds=seconds,
+        batch=batch,
+        cache=(Path(cache).expanduser() if cache else default) / "bench",
+        fresh=told["fresh"] == "true",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure(options: Options) -> Results:
+    from eit_lab.benchmark.photographs import prepare
+    from eit_lab.benchmark.results import Results
+    from eit_lab.benchmark.turns import cores
+    from eit_lab.benchmark.workers import large_root, measure
+
+    available, before = cores(), os.getloadavg()[0]
+    with _progress() as advance:
+        material = prepare(
+            options.cache,
+            images=options.images,
+            photos=options.photos,
+            fresh=options.fresh,
+            workers=len(available),
+            on_image=lambda num: advance("JPEGs", num, options.images),
+            on_packed=lambda num: advance("shards", num, options.images + 100),
+        )
+        large = large_root(material.shards, material.shards.with_name("large"))
+        for path in [*material.files.rglob("*.JPEG"), *material.shards.rglob("*.shard")]:
+            path.read_bytes()  # into the page cache
+        advance("first batch, memory", 0, 1)
+        alone = measure(
+            material.files,
+            material.shards,
+            large,
+            cache=options.cache,
+            batch_size=options.batch,
+            rounds=options.rounds,
+            memory_batches=max(20, round(_MEMORY_BATCHES * options.rounds * options.seconds)),
+        )
+        advance("first batch, memory", 1, 1)
+        rates, facts = _rates(options, material.files, material.shards, available, advance)
+    return Results(
+        options={**asdict(options), "out": str(options.out), "cache": str(options.cache)},
+        material=material.facts,
+        cores=available,
+        rates=rates,
+        alone=alone,
+        load=[before, os.getloadavg()[0]],
+        **facts,
+    )
+
+
+def _rates(
+    options: Options, files: Path, shards: Path, available: Sequence[int], advance: Callable[[str, int, int], None]
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    import torch
+
+    from eit_lab.benchmark.crop_limit import CropLimit, NoLimitError
+    from eit_lab.benchmark.loaders import (
+        FULL_RECIPE,
+        DecodeAndCrop,
+        TimmFolder,
+        at_once,
+        batch_augment_ms,
+        config_of,
+        ours,
+        torchvision_folder,
+    )
+    from eit_lab.benchmark.results import name_of
+    from eit_lab.benchmark.turns import LoaderTurn, interleave, on_cores
+
+    torch.set_num_threads(1)
+
+    def config(root: Path, recipe: str) -> Any:
+        return config_of(root, recipe=recipe, batch_size=options.batch, cache=options.cache)
+
+    full = config(shards, FULL_RECIPE)
+    data_sets = {
+        "torchvision": torchvision_folder(files),
+        "files": ours(config(files, "basic")),
+        "shards": ours(config(shards, "basic")),
+        "timm": TimmFolder(files),
+        "files_full": ours(config(files, FULL_RECIPE)),
+        "shards_full": ours(full),
+    }
+    loaders = {
+        name_of(name, workers): LoaderTurn(
+            data_set,
+            batch_size=options.batch,
+            workers=workers,
+            seconds=options.seconds,
+            as_items=name not in ("torchvision", "timm"),
+            available=available,
+        )
+        for name, data_set in data_sets.items()
+        for workers in (1, 2)
+    }
+    for place, loader in enumerate(loaders.values()):
+        advance("warming up", place, len(loaders))
+        loader.warm_up()
+    turns: dict[str, Callable[[], float]] = dict(loaders)
+    crops = DecodeAndCrop(
+        data_sets["shards"], batch_size=options.batch, num=max(50, round(_CROPS_PER_S * options.seconds))
+    )
+
+    def on_one_core(what: Callable[[], float]) -> Callable[[], float]:
+        def turn() -> float:
+            with on_cores(available[:1]):
+                return what()
+
+        return turn
+
+    turns["decode_and_crop"] = on_one_core(crops)
+    facts: dict[str, Any] = {"limit": None, "no_limit": ""}
+    try:
+        limit = CropLimit(options.cache)
+        images, boxes = crops.files(files), crops.boxes()
+        limit.run(images, boxes)
+        turns["limit"] = on_one_core(lambda: len(images) / limit.run(images, boxes)[0])
+        if len(available) > 1:
+            turns["limit_2"] = lambda: at_once(limit, images, boxes, available[:2])
+        facts["limit"] = limit.version
+    except NoLimitError as error:
+        facts["no_limit"] = str(error)
+    crops()
+    total = options.rounds * len(turns)
+    done = iter(range(1, total + 1))
+    rates = interleave(turns, rounds=options.rounds, on_turn=lambda: advance("in turn", next(done), total))
+    some = [(0, index, 0, index) for index in range(min(options.batch, len(data_sets["shards_full"])))]
+    facts["batch_augment_ms"] = batch_augment_ms(full, data_sets["shards_full"][some])
+    return rates, facts
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal's stderr, one step of the work after the other; else a line a step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=total)
+                if not console.is_terminal:
+                    print(f"{time.strftime('%H:%M:%S')} {step}", file=sys.stderr, flush=True)
+            bar.update(tasks[step], completed=done, total=total)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    sys.exit(main())
