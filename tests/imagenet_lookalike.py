@@ -177,8 +177,8 @@ def as_tars(folder: Path, out: Path, per_tar: int = 100, *, classes: bool = True
     return out
 
 
-def as_parquet(folder: Path, out: Path, per_file: int = 100, *, row_group: int = 40) -> Path:
-    """Hugging Face's layout: data/train-00000-of-00003-HASH.parquet, image as struct, class names in the metadata."""
+def as_parquet(folder: Path, out: Path, per_file: int = 100, *, row_group: int = 40, mixed: bool = True) -> Path:
+    """Without ``mixed`` in the order of classes. Hugging Face's layout: data/train-00000-of-00003-HASH.parquet, image as struct, class names in the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -191,7 +191,7 @@ def as_parquet(folder: Path, out: Path, per_file: int = 100, *, row_group: int =
         metadata={"huggingface": json.dumps(features)},
     )
     for split, shown in (("train", "train"), ("val", "validation")):
-        samples = _shuffled(folder, split)
+        samples = _shuffled(folder, split) if mixed else list(_samples(folder, split))
         parts = [samples[first : first + per_file] for first in range(0, len(samples), per_file)]
         for number, part in enumerate(parts):
             images = [{"bytes": path.read_bytes(), "path": path.name} for _, _, path in part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,14 @@ import pytest
 import torch
 
 from conftest import TINY_MODEL, only_run, record_of
+from eit_lab.command import RunError
 from eit_lab.compose import compose_one
-from eit_lab.config import Config, ImageNetData
+from eit_lab.config import Config, ConfigError, ImageNetData
 from eit_lab.data.batch import Batch
 from eit_lab.data.imagenet import StreamedImages, load_imagenet
 from eit_lab.data.module import ImageData
 from eit_lab.data.restart import jpegtran
+from eit_lab.data.unread import Unread
 from imagenet_lookalike import as_parquet, as_tars, as_tiny_imagenet, make_lookalike
 
 Parts = Mapping[str, StreamedImages]
@@ -116,6 +119,36 @@ def test_a_run_moves_from_the_folder_to_its_shards_and_stays_the_same_run(folder
     from eit_lab.data.catalog import describe
 
     assert describe(config_of(folder).data) == describe(config_of(shards).data)
+
+
+@pytest.fixture
+def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The shards in a bucket of a server that speaks S3."""
+    boto3 = pytest.importorskip("boto3")
+    server_of = pytest.importorskip("moto.server")
+    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="images")
+    for path in shards.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), "images", f"in/{path.relative_to(shards)}")
+    client.close()
+    yield "s3://images/in"
+    server.stop()
+
+
+def test_shards_in_a_bucket_hold_the_same_images(folder: Path, bucket: str, tmp_path: Path) -> None:
+    ours, theirs = by_key(parts_of(folder)["test"]), by_key(parts_of(bucket, f"data.cache_dir={tmp_path}")["test"])
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("layout", ["tars", "parquet", "http shards"])
@@ -273,8 +306,6 @@ def test_a_damaged_shard_ends_the_run_with_its_name(fault: str, folder: Path, sh
     expected = {"flipped byte": "its checksum differs", "cut short": "cut short", "missing": "missing"}[fault]
     assert expected in batch.unread[0][1]
     if fault != "flipped byte":  # it is seen before anything starts
-        from eit_lab.config import ConfigError
-
         with pytest.raises(ConfigError, match=bad.name):
             parts_of(root)
 
@@ -307,7 +338,7 @@ def test_a_killed_worker_is_one_line(folder: Path, here: Path) -> None:
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     workers = [int(pid) for pid in children if "eit_lab.train" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[0], signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=120)
     assert run.returncode == 1
     line = err.strip().splitlines()[-1]
     assert "DataLoader worker" in line
@@ -402,3 +433,38 @@ def test_two_processes_train_from_a_server_as_one_does(folder: Path, shards: Pat
         found.append((steps_of(run), record_of(run)["result"]["test/acc1"], losses(run)))
     assert found[0][0] == found[1][0]
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- files in windows
+
+
+def test_a_cache_that_cannot_hold_two_windows_is_refused_with_what_would_do(
+    shards: Path, served: str, tmp_path: Path
+) -> None:
+    words = (f"data.cache_dir={tmp_path}", "data.shuffle_window=24", "data.cache_gb=0.0001")
+    with pytest.raises(ConfigError, match=r"data.cache_gb must hold two windows of .*, got 0.0001; nearest: 0.01"):
+        parts_of(f"{served}/shards", *words)
+
+
+def test_files_in_the_order_of_classes_are_told_of(folder: Path, tmp_path: Path) -> None:
+    root = as_parquet(folder, tmp_path / "sorted", per_file=4, mixed=False)
+    more = (f"data.cache_dir={tmp_path / 'cache'}", "data.shuffle_window=8")
+    notes = parts_of(root, *more)["train"].notes
+    assert any("shuffled 8 images at a time" in note for note in notes)
+    assert any(re.search(r"8 images of neighbouring files have 2 classes instead of about 6", note) for note in notes)
+
+
+def test_unreadable_images_are_counted_once_over_processes_and_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "unread.jsonl"
+    first, second = Unread(3, path=path), Unread(3, path=path)
+    first.note(["a.JPEG: cut short", "b.JPEG: cut short"])
+    second.note(["b.JPEG: cut short", "c.JPEG: cut short"])
+    first.note(["c.JPEG: cut short"])
+    assert (
+        sorted(first.refresh())
+        == sorted(second.refresh())
+        == ["a.JPEG: cut short", "b.JPEG: cut short", "c.JPEG: cut short"]
+    )
+    assert len(Unread(3, path=path).texts) == 3
+    with pytest.raises(RunError, match=r"d.JPEG: cut short; data.max_unread lets images be left out, now 3"):
+        first.note(["d.JPEG: cut short"])

@@ -3,14 +3,15 @@
 1.28 million samples take some 80 MB, which all processes of a machine share in the page cache: a Python list of as many
 would be copied into each worker, page by page, as its reference counts change. No torch.
 
-The file: magic, length of the header, the header as JSON, then the columns as they lie in memory, each at a multiple of 64
-bytes. It is read only after its checksum was found right: a flipped byte here would be a wrong label.
+The file: magic, length and checksum of the header, the header as JSON, then the columns as they lie in memory, each at a multiple of 64
+bytes. It is read only after both checksums were found right: a flipped byte here would be a wrong label.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from eit_lab.command import RunError
 
 _MAGIC = b"EITINDEX1\n"
+_LEAD = struct.Struct("<Q16s")  # length of the header, its xxh3-128
 _ALIGNED = 64
 _COLUMNS: dict[str, str] = {
     "container": "<u4",  # place in ``containers``
@@ -64,14 +66,15 @@ class SplitIndex:
         """Map a file that ``IndexBuilder.write`` wrote. Raises DamagedIndexError, and FileNotFoundError."""
         self.path = path
         content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-        start = len(_MAGIC) + 8
+        start = len(_MAGIC) + _LEAD.size
         if bytes(content[: len(_MAGIC)]) != _MAGIC or len(content) < start:
             raise DamagedIndexError(f"{path} is not an index of samples, or of another version: build it again")
-        end = start + int(content[len(_MAGIC) : start].view("<u8")[0])
-        try:
-            header = json.loads(bytes(content[start:end]))
-        except ValueError:
-            raise DamagedIndexError(f"{path} is damaged in its header: build it again") from None
+        length, digest = _LEAD.unpack(bytes(content[len(_MAGIC) : start]))
+        end = start + length
+        text = bytes(content[start:end])
+        if xxhash.xxh3_128_digest(text) != digest:
+            raise DamagedIndexError(f"{path} is damaged in its header: build it again")
+        header = json.loads(text)
         if xxhash.xxh3_128_hexdigest(content[_aligned(end) :].data) != header["checksum"]:
             raise DamagedIndexError(f"{path} is damaged or cut short (its checksum differs): build it again")
         self.num_samples: int = header["num_samples"]
@@ -168,7 +171,7 @@ def write_index(
     }
     # The columns' places depend on the header's length: leave room for the longest number.
     room = len(json.dumps(header)) + 20 * len(parts)
-    place = _aligned(len(_MAGIC) + 8 + room)
+    place = _aligned(len(_MAGIC) + _LEAD.size + room)
     first = place
     body = bytearray()
     for name, part in parts.items():
@@ -181,7 +184,7 @@ def write_index(
     part_path = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part_path.open("wb") as file:
-            file.write(_MAGIC + np.array(room, dtype="<u8").tobytes() + text)
+            file.write(_MAGIC + _LEAD.pack(len(text), xxhash.xxh3_128_digest(text)) + text)
             file.write(bytes(first - file.tell()))
             file.write(body)
             file.flush()
