@@ -47,6 +47,7 @@ bench: $(READY)  ## timings, side by side; records go under benchmarks/records/
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/wandb_faults.py --train
 	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python -m eit_lab.bench data out=benchmarks/records
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -23,18 +23,6 @@ for name in ("EIT_LAB_IMAGENET", "EIT_LAB_DATA", "EIT_LAB_RUNS", "WANDB_MODE"):
 # Lists of files that the tests' roots leave behind do not belong into the user's own cache.
 os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
 atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
-# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
-os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
-atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
-# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
-os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
-atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
-# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
-os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
-atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
-# Lists of files that the tests' roots leave behind do not belong into the user's own cache.
-os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
-atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
 
 
 @dataclass(frozen=True)

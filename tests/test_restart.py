@@ -164,6 +164,22 @@ def test_damaged_bytes_are_an_error_and_not_a_picture(photographs: list[NDArray[
             Decoder().decode(bad)
 
 
+def test_a_file_cut_anywhere_is_an_error(photographs: list[NDArray[np.uint8]]) -> None:
+    image = Image.fromarray(photographs[0]).resize((48, 32))
+    for data in (jpeg(image), jpeg(image.convert("L")), jpeg(image, progressive=True), jpeg(image.convert("CMYK"))):
+        for length in range(len(data) - 2):
+            with pytest.raises(DecodeError):
+                Decoder().decode(data[:length])
+
+
+def test_damage_in_cmyk_is_found_too(photographs: list[NDArray[np.uint8]]) -> None:
+    data = bytearray(jpeg(Image.fromarray(photographs[0]).resize((320, 240)).convert("CMYK")))
+    place = read_header(bytes(data)).scan_at + 3000
+    data[place : place + 4000] = bytes(4000)
+    with pytest.raises(DecodeError):
+        Decoder().decode(bytes(data))
+
+
 def test_every_flipped_bit_of_a_record_is_found(photographs: list[NDArray[np.uint8]]) -> None:
     import xxhash
 

@@ -70,12 +70,16 @@ def _main(argv: list[str]) -> int:
 
 
 def _is_own_layout(trained: Trained, words: Words) -> bool:
-    """Whether data=FOLDER has train/ and val/ with the run's own classes: that is data.root=FOLDER."""
+    """Whether data=FOLDER has train/ and val/ with the run's own classes, or packed files: that is data.root=FOLDER."""
     from eit_lab.config import ImageNetData
 
     if "data" not in words.options or "labels" in words.options or not isinstance(trained.config.data, ImageNetData):
         return False
+    from eit_lab.data.layouts import is_packed
+
     root = Path(words.options["data"]).expanduser()
+    if is_packed(words.options["data"]):
+        return trained.run is not None
     if trained.run is None or not ((root / "train").is_dir() and (root / "val").is_dir()):
         return False
     return trained.class_names == tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))

@@ -122,7 +122,8 @@ def unknown_key(key: str, value: Any, siblings: Sequence[str]) -> str:
 
 def nearest(word: str, valid: Sequence[str]) -> str:
     """``; nearest: NAME`` when one of the valid names is close to the word, else nothing."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.4)
+    same = [name for name in valid if name.lower() == word.lower()]
+    close = same or difflib.get_close_matches(word, valid, n=1, cutoff=0.4)
     return f"; nearest: {close[0]}" if close else ""
 
 

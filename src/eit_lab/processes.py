@@ -215,12 +215,18 @@ def _free_port() -> int:
 def die_with_parent() -> None:
     """In a rank or a sweep's job: end when the process that started it ends, however that ends (Linux)."""
     parent = os.environ.get(PARENT)
-    if parent is None or not sys.platform.startswith("linux"):
+    if parent is None:
         return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the line above
+    end_with_parent()
+    if sys.platform.startswith("linux") and os.getppid() != int(parent):  # it ended before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """End when the process that forked or started this one ends, however that ends (Linux; elsewhere nothing happens)."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def typed_command(argv: list[str]) -> list[str]:

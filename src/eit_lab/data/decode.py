@@ -55,6 +55,7 @@ class Decoder:
                 raise DecodeError(str(error)) from None
             return decode_pil(data)
         if header.components not in (1, 3):
+            self._check(data)
             return decode_pil(data)
         return self._jpeg(data, header.width, header.height)
 
@@ -69,6 +70,13 @@ class Decoder:
         part = cut(data, segments, x=x, y=y, w=w, h=h)
         y, x = y - part.top, x - part.left
         return self._jpeg(part.data, part.width, part.height)[y : y + h, x : x + w]
+
+    def _check(self, data: Bytes) -> None:
+        """CMYK: its colours are PIL's to convert, but whether it is damaged only the strict decoder says."""
+        try:
+            simplejpeg.decode_jpeg(data, "CMYK", strict=True)
+        except ValueError as error:
+            raise DecodeError(_words(error)) from None
 
     def _jpeg(self, data: Bytes, width: int, height: int) -> Pixels:
         room = width * height * 3

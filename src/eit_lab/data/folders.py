@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def read_image(path: Path, config: DataConfig) -> Tensor:
     if config.in_chans not in _MODES:
         raise ConfigError(f"data.in_chans must be 1 or 3 to read image files, got {config.in_chans}")
     try:
-        with Image.open(path) as file:
-            image = file.convert(_MODES[config.in_chans])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of metadata, such as broken EXIF, that nobody looks at
+            with Image.open(path) as file:
+                image = file.convert(_MODES[config.in_chans])
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

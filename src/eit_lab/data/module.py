@@ -22,6 +22,7 @@ from eit_lab.data.order import EvalBatches, TrainBatches
 from eit_lab.data.prefetch import Prefetcher
 from eit_lab.data.small import InMemoryImages, load_small
 from eit_lab.data.unread import Unread
+from eit_lab.processes import end_with_parent
 
 Part = Literal["train", "val", "test"]
 
@@ -146,6 +147,8 @@ class ImageData(LightningDataModule):
         """To the device; in training all but index and draw, which the host reads: asking the device for them would wait."""
         if batch.unread:
             self.unread.note(reason for _, reason in batch.unread)
+            if self._place()[0] == 0:
+                self.unread.report()
         images, labels, index, draw = (tensor.to(device, non_blocking=True) for tensor in batch[:4])
         moved = Batch(images, labels, index, draw)
         training = self.trainer is not None and self.trainer.training
@@ -199,5 +202,6 @@ def _leave_signals_to_the_parent(_: int) -> None:
 
     NOTE: torch installs a handler of its own in a worker, in C, after ours were inherited.
     """
+    end_with_parent()
     for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)

@@ -17,11 +17,12 @@ from eit_lab.data.index import SplitIndex
 from eit_lab.data.packed import DamagedRecordError, DamagedShardError, read_footer, unpack_record
 from eit_lab.data.prefetch import Wanted
 from eit_lab.data.restart import Bytes, Segments
-from eit_lab.data.store import Store
+from eit_lab.data.store import LOG, Store
 
 Layout = Literal["folder", "tar", "parquet", "shards"]
 
 _OPEN_FILES = 128  # of one process; the usual limit is 1024
+_OPEN_COPIES = 8  # of one process: a copy that was dropped takes its space as long as somebody has it open
 
 
 class SampleError(ValueError):
@@ -81,6 +82,7 @@ class SampleReader:
         except (DamagedRecordError, DamagedShardError) as error:
             if self.files is None:
                 raise SampleError(self.name(sample), str(error)) from None
+            LOG.warning("%s: %s: fetched again", self.name(sample), error)
         # The copy on this machine may be what is damaged: once more from the source.
         self._forget(container)
         self.files.drop(self.index.containers[container].name)
@@ -127,7 +129,7 @@ class SampleReader:
             if wanted.make is not None:
                 rows = _rows(number, Path(wanted.name))
         self._open[container] = file = _File(number, rows)
-        if len(self._open) > _OPEN_FILES:
+        if len(self._open) > (_OPEN_FILES if self.files is None else _OPEN_COPIES):
             _, oldest = self._open.popitem(last=False)
             os.close(oldest.number)
         return file

@@ -87,6 +87,7 @@ def read_header(data: Bytes) -> Header:
             elif marker == 0xDD:
                 interval = (data[place + 4] << 8) | data[place + 5]
             elif marker == 0xDA:
+                scan_components = data[place + 4]
                 break
             place += 2 + length
     except (IndexError, struct.error):
@@ -106,7 +107,7 @@ def read_header(data: Bytes) -> Header:
         mcu_height=8 if single else 8 * max(f & 15 for f in factors),
         interval=interval,
         scan_at=place + 2 + length,
-        scan_components=data[place + 4],
+        scan_components=scan_components,
     )
 
 

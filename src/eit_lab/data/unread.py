@@ -5,10 +5,12 @@ They are kept in a file of the run, a line each, to which every rank appends. No
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from eit_lab.command import RunError
 
@@ -21,35 +23,51 @@ class Unread:
         self.limit, self.path = limit, path
         self.texts: list[str] = []
         """Where each lies and what is wrong with it, as far as this process knows."""
+        self._told: set[str] = set()
         self.refresh()
+        self._told.update(self.texts)  # by an earlier start
 
     def refresh(self) -> list[str]:
         """Read what all ranks have noted."""
         if self.path is not None and self.path.is_file():
-            known = dict.fromkeys(self.texts)
-            for line in self.path.read_text().splitlines():
-                known.setdefault(json.loads(line), None)
-            self.texts[:] = known
+            self._take(self.path.read_text())
         return self.texts
 
+    def report(self) -> None:
+        """Tell of each once, also of what other ranks have noted; for the main process, whose output is seen."""
+        for number, reason in enumerate(self.refresh(), start=1):
+            if reason not in self._told:
+                self._told.add(reason)
+                print(f"eit_lab: warning: {reason}; left out ({number} of data.max_unread={self.limit})", flush=True)
+
     def note(self, reasons: Iterable[str]) -> None:
-        """Count images that were left out. Raises RunError once there are more than allowed."""
-        for reason in reasons:
-            if reason in self.refresh():
-                continue
-            self.texts.append(reason)
-            if self.path is not None:
-                number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-                try:
-                    os.write(number, (json.dumps(reason) + "\n").encode())  # one write: lines of ranks do not mix
-                finally:
-                    os.close(number)
-            if len(self.texts) > self.limit:
-                advice = (
-                    f"data.max_unread lets images be left out, now {self.limit}: mend the file, or allow more, and the "
-                    "same command goes on"
-                )
-                raise RunError(f"{reason}; {advice}")
-            print(
-                f"eit_lab: warning: {reason}; left out ({len(self.texts)} of data.max_unread={self.limit})", flush=True
-            )
+        """Count images that were left out. Raises RunError for the first that is one too many; that one is not noted."""
+        with self._file() as file:
+            for reason in reasons:
+                if reason in self.texts and len(self.texts) <= self.limit:
+                    continue
+                if len(self.texts) >= self.limit:
+                    raise RunError(
+                        f"{reason}; data.max_unread lets images be left out, now {self.limit}: mend the file, or allow more"
+                    )
+                self.texts.append(reason)
+                if file is not None:
+                    file.write(json.dumps(reason) + "\n")
+
+    @contextmanager
+    def _file(self) -> Iterator[IO[str] | None]:
+        """The file, read so far and open to append; ranks of a machine take turns."""
+        if self.path is None:
+            yield None
+            return
+        with self.path.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            self._take(file.read())
+            yield file
+
+    def _take(self, lines: str) -> None:
+        known = dict.fromkeys(self.texts)
+        for line in lines.splitlines():
+            known.setdefault(json.loads(line), None)
+        self.texts[:] = known

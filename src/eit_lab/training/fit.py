@@ -213,7 +213,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         keeper.note_clock()
         record["steps"] = trainer.global_step
         finish(config, run, trainer, classifier, data, record, ranks)
-        data.unread.refresh()
+        if ranks.is_main:
+            data.unread.report()
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None

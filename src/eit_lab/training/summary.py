@@ -87,6 +87,8 @@ def closing_line(record: dict[str, Any], run: Run) -> str:
         lines.append(
             f"published eit_{reference}: top-1 {100 * best.test_acc1:.2f}% at its best epoch; this run {gap:+.2f} points"
         )
+    if record.get("unread"):
+        lines.append(f"left out: {len(record['unread'])} images that could not be read; unread.jsonl names them")
     lines += [
         f"folder {run.folder}",
         f"look:   python -m eit_lab.report {run.folder}",

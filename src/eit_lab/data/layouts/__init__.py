@@ -21,7 +21,7 @@ from eit_lab.data.layouts.parquet import list_parquet
 from eit_lab.data.layouts.tars import CLASS_FILES, INFO, list_tars, published_shards
 from eit_lab.data.store import Store
 
-__all__ = ["IMAGE_SUFFIXES", "Listing", "open_root"]
+__all__ = ["IMAGE_SUFFIXES", "Listing", "is_packed", "open_root"]
 
 _MANIFEST = "manifest.json"
 # Where packed files lie: beside each other, in Hugging Face's data/, or in a folder a split.
@@ -49,6 +49,14 @@ def open_root(root: str, *, cache: Path, files: FileCache | None = None) -> List
     return _open_local(store, root, cache) if store.is_local else _open_remote(store, cache, files)
 
 
+def is_packed(root: str) -> bool:
+    """Whether a root is not a plain folder of images: an address, shards, tar or parquet files."""
+    store = Store(root)
+    if not store.is_local:
+        return True
+    return store.exists(_MANIFEST) or (store.folder.is_dir() and any(map(_is_packed, _packed(store.folder))))
+
+
 def _open_local(store: Store, root: str, cache: Path) -> Listing:
     def opened(name: str) -> IO[bytes]:
         return (store.folder / name).open("rb")
@@ -69,7 +77,8 @@ def _open_local(store: Store, root: str, cache: Path) -> Listing:
 
 def _open_remote(store: Store, cache: Path, files: FileCache | None) -> Listing:
     found = _names(store)
-    packed = {name: size for name, size in found.items() if _is_packed(name)}
+    # In these folders only: an address may have several data sets below it.
+    packed = {n: size for n, size in found.items() if _is_packed(n) and n.rpartition("/")[0] in _FOLDERS}
     if not packed:
         there = sorted({name.partition("/")[0] for name in found})
         raise ConfigError(
@@ -78,6 +87,8 @@ def _open_remote(store: Store, cache: Path, files: FileCache | None) -> Listing:
             "local or mounted folder only"
         )
     assert files is not None, "files of an address need a FileCache"
+    if None in packed.values():  # the same name and size here as when they are read: they are kept by both
+        packed.update(store.sizes(packed))
     fetched = files
 
     def opened(name: str) -> IO[bytes]:

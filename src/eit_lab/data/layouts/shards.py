@@ -1,13 +1,14 @@
 """The project's own shards, as ``python -m eit_lab.shards build`` leaves them: manifest.json tells what there is. No torch.
 
-The manifest has size and checksum of every file, and a checksum of itself. Opening compares the sizes of all shards (of a
-local folder) with it, and both indices; the shards' content is compared record by record as it is read, and as a whole by
+The manifest has size and checksum of every file, and a checksum of itself. Opening compares the sizes of all shards with it,
+and both indices; the shards' content is compared record by record as it is read, and as a whole by
 ``shards verify``.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from eit_lab.data.store import Store
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "eit_lab shards", 1
+_ASKED_AGAIN_S = 3600.0
 _MEND = "build or copy the shards again, or mend them: the command that built them writes what is missing or damaged"
 
 
@@ -34,6 +36,8 @@ def list_shards(store: Store, cache: Path) -> Listing:
     sizes = {name: size for name, (size, _) in manifest["files"].items()}
     if store.is_local:
         check_sizes(store.folder, sizes)
+    else:
+        _check_remote(store, sizes, noted=cache / "shards" / manifest["hash"] / "there")
     splits = {}
     for split in SPLITS:
         name = f"{split}.index"
@@ -65,6 +69,22 @@ def list_shards(store: Store, cache: Path) -> Listing:
         fingerprint=manifest["fingerprint"],
         notes=tuple(manifest["notes"]),
     )
+
+
+def _check_remote(store: Store, sizes: Mapping[str, int], *, noted: Path) -> None:
+    """The same for a server, which is asked again after an hour: ``noted`` is touched when all was there."""
+    if noted.is_file() and time.time() - noted.stat().st_mtime < _ASKED_AGAIN_S:
+        return
+    wanted = {name: size for name, size in sizes.items() if not name.startswith("originals/")}
+    there = store.sizes(wanted)
+    for name, size in wanted.items():
+        shown = store.address(name)
+        if name not in there:
+            raise ConfigError(f"data.root: {shown} is missing ({size:,} bytes); {_MEND}")
+        if there[name] not in (size, None):
+            raise ConfigError(f"data.root: {shown} has {there[name]:,} bytes, must have {size:,}; {_MEND}")
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.touch()
 
 
 def check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
