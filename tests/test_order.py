@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from eit_lab.command import RunError
 from eit_lab.data.batch import FILLER
 from eit_lab.data.order import EvalBatches, Item, TrainBatches, Windows, epoch_order, held_out
 
@@ -89,6 +90,25 @@ def test_ranks_agree_that_they_share_an_epoch_and_notice_when_they_do_not() -> N
         assert sum(s[2] for s in shares) % 2**64 != samplers[0].whole(2)[1]
 
 
+def test_a_run_whose_ranks_do_not_share_an_epoch_ends_before_it_starts() -> None:
+    from types import SimpleNamespace
+
+    from eit_lab.training.fit import check_shares
+
+    def start(*gathered: tuple[int, int, int]) -> None:
+        data = SimpleNamespace(train_batches=lambda: ranks(1000, 2, batch_size=96)[0])
+        check_shares(data, SimpleNamespace(gather=lambda _: list(gathered), world_size=2))  # type: ignore[arg-type]
+
+    one, two = (sampler.share(0) for sampler in ranks(1000, 2, batch_size=96))
+    start(one, two)
+    with pytest.raises(
+        RunError, match=r"the 2 processes must share an epoch's 960 samples, each once; they have 960 others"
+    ):
+        start(one, one)
+    with pytest.raises(RunError, match=r"every process must get as many batches of an epoch, got \[10, 9\]"):
+        start(one, (9, *two[1:]))
+
+
 def test_windows_go_through_files_in_turn_and_shuffle_inside() -> None:
     file = np.repeat(np.arange(40), 25)
     windows = Windows(file, 100)
@@ -104,6 +124,17 @@ def test_windows_go_through_files_in_turn_and_shuffle_inside() -> None:
             assert (np.diff(file[part]) != 0).sum() > 50  # not file after file
     assert file[orders[0][:100]].tolist() != file[orders[1][:100]].tolist()
     assert np.array_equal(orders[0], epoch_order(1000, seed=1, epoch=0, windows=windows))
+
+
+@pytest.mark.parametrize(("per_file", "size"), [(100, 150), (100, 40), (25, 100), (30, 100)])
+def test_windows_are_numbered_without_gaps_and_hold_at_least_their_size(per_file: int, size: int) -> None:
+    windows = Windows(np.repeat(np.arange(21), per_file), size)
+    files, window = windows.files_in_turn(seed=0, epoch=0)
+    assert len(files) == 21
+    assert np.unique(window).tolist() == list(range(window.max() + 1))
+    held = np.bincount(window) * per_file
+    assert (held[:-1] >= size).all()
+    assert (held[:-1] < size + per_file).all()
 
 
 def test_the_next_window_is_announced_before_its_samples_are_read() -> None:

@@ -288,6 +288,42 @@ def test_a_damaged_image_is_replaced_by_a_neighbour_and_never_seen(folder: Path,
     assert torch.equal(batch.images[1], batch.images[2])
 
 
+def test_where_none_of_a_batch_can_be_read_the_next_image_stands_in(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(folder, root)
+    part = parts_of(root, "recipe=basic")["train"]
+    Path(part.name(7)).write_bytes(b"no image")
+    batch = part[[(0, 7, 0, 0)]]
+    assert [index for index, _ in batch.unread] == [7]
+    assert batch.index.tolist() == [8]
+    for one, other in zip(batch[:2], part[[(0, 8, 0, 0)]][:2], strict=True):
+        assert torch.equal(one, other)
+    for n in range(len(part)):
+        Path(part.name(n)).write_bytes(b"no image")
+    with pytest.raises(
+        RunError, match=r"cannot be read, nor the 8 images after it; the last: .* cannot be decoded: no kind of image"
+    ):
+        part[[(0, 7, 0, 0)]]
+
+
+def test_a_process_that_still_holds_a_loader_ends_all_the_same(folder: Path) -> None:
+    program = f"""
+from eit_lab.compose import compose_one
+from eit_lab.data.module import ImageData
+config = compose_one(["data.root={folder}", "data.val_size=6", "data.img_size=32", "recipe=basic", "recipe.batch_size=8",
+                      "data.num_workers=1"])
+data = ImageData(config)
+data.setup("fit")
+batches = iter(data.train_dataloader())
+next(batches)
+kept = [batches]
+kept.append(kept)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 @pytest.mark.parametrize("fault", ["flipped byte", "cut short", "missing"])
 def test_a_damaged_shard_ends_the_run_with_its_name(fault: str, folder: Path, shards: Path, here: Path) -> None:
     root = here / "shards"

@@ -405,6 +405,12 @@ class Config:
     logger: Annotated[LoggerConfig, Field(discriminator="kind")] = _req("where metrics go")
     run: RunConfig = _opt(RunConfig(), "folders")
 
+    @property
+    def reference(self) -> str | None:
+        """The published run that this one is compared with: on ImageNet, not on what is laid out like it."""
+        imagenet = isinstance(self.data, ImageNetData) and self.data.name == "imagenet"
+        return self.recipe.reference if imagenet else None
+
     def __post_init__(self) -> None:
         devices = self.trainer.devices
         count = len(devices) if isinstance(devices, tuple) else devices

@@ -65,6 +65,11 @@ def count_ranks(config: Config) -> int:
     return _count_gpus(trainer)
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _count_gpus(trainer: TrainerConfig) -> int:
     """All GPUs for ``auto`` and -1; torch is asked only where there is a device to ask about."""
     if trainer.accelerator not in ("auto", "gpu", "cuda") or not any(Path("/dev").glob("nvidia[0-9]*")):

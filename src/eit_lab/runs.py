@@ -72,7 +72,7 @@ _RESULT_ROOMS = (
 )  # fmt: skip
 _PACKAGES = (
     "torch", "torchvision", "timm", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scipy", "scikit-learn",
-    "pillow", "wandb",
+    "pillow", "simplejpeg", "opencv-python-headless", "xxhash", "fsspec", "wandb",
 )  # fmt: skip
 
 

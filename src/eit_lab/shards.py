@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eit_lab import command
+from eit_lab.processes import count_cores
 
 if TYPE_CHECKING:
     from eit_lab.data.roots import OpenRoot, Split
@@ -107,7 +108,7 @@ def _build(argv: list[str]) -> int:
     from eit_lab.units import si
 
     words = _Words("build", "SRC", "DST")
-    words.add_argument("--workers", type=_whole, default=_cores())
+    words.add_argument("--workers", type=_whole, default=count_cores())
     words.add_argument("--shard-mb", type=_whole, default=Options.shard_mb)
     words.add_argument("--keep-original", action="store_true")
     words.add_argument("--no-rewrite", action="store_true")
@@ -160,7 +161,7 @@ def _verify(argv: list[str]) -> int:
     words.add_argument("--source")
     words.add_argument("--full", action="store_true")
     words.add_argument("--sample", type=_whole)
-    words.add_argument("--workers", type=_whole, default=_cores())
+    words.add_argument("--workers", type=_whole, default=count_cores())
     told = words.take(argv)
     if told.full and told.sample is not None:
         raise words.wrong("--full compares all images, --sample some: give one of them")
@@ -237,7 +238,7 @@ def _extract(argv: list[str]) -> int:
 
     words = _Words("extract", "DST", "OUT")
     words.add_argument("--split", type=_one_of("train", "val"))
-    words.add_argument("--workers", type=_whole, default=_cores())
+    words.add_argument("--workers", type=_whole, default=count_cores())
     told = words.take(argv)
     root, target = _open(told.dst, "DST"), Path(told.out).expanduser()
     splits: list[Split] = [told.split] if told.split else ["train", "val"]
@@ -418,10 +419,6 @@ def _one_of(*choices: str) -> Callable[[str], str]:
         return word
 
     return check
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open(word: str, name: str) -> OpenRoot:

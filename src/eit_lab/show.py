@@ -7,6 +7,7 @@ batches: some images of the first training steps as the network gets them, and t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -129,7 +130,7 @@ def _batches(config: Config, facts: DataFacts) -> tuple[Figure, list[str]]:
     augment = BatchAugment(config.data, config.recipe, num_classes=facts.num_classes, seed=config.seed)
     counts = plan(config, facts)
     batches = iter(data.train_dataloader().sampler)
-    rows = []
+    rows, lines = [], list[str]()
     for _ in range(min(_STEPS, counts.steps_per_epoch)):
         items = [item for batch in islice(batches, counts.accumulate) for item in batch]
         # Images and their partners, spread over the step: those of one group are all mixed in the same way.
@@ -137,13 +138,15 @@ def _batches(config: Config, facts: DataFacts) -> tuple[Figure, list[str]]:
         firsts = [2 * (k * (len(items) // 2) // pairs) for k in range(pairs)]
         batch: Batch = data.part("train")[[item for first in firsts for item in items[first : first + 2]]]
         images, targets = augment(batch)
-        rows.append((_pictures(images, config), _target_texts(targets, config, facts)))
+        lines += [f"left out: {reason}" for _, reason in batch.unread]
+        rows.append((_pictures(images, config), _target_texts(targets, config, facts, data.class_names)))
     recipe = config.recipe
     shown = sum(len(texts) for _, texts in rows)
-    lines = [
+    lines.insert(
+        0,
         f"{shown} images, from the first {len(rows)} of {counts.steps_per_epoch:,} steps of an epoch; "
         f"{recipe.batch_size} images a step, of {math.ceil(recipe.batch_size / recipe.repeated_augment)} samples",
-    ]
+    )
     return batches_figure(rows, config), lines
 
 
@@ -176,13 +179,15 @@ def _pictures(images: Tensor, config: Config) -> NDArray[np.float32]:
     return pixels if pixels.shape[-1] == 3 else pixels[..., 0]
 
 
-def _target_texts(targets: Tensor, config: Config, facts: DataFacts) -> list[str]:
+def _target_texts(targets: Tensor, config: Config, facts: DataFacts, class_names: Sequence[str] | None) -> list[str]:
     """``class: share`` of each class in each target, the smoothing taken off again."""
+    names = class_names or [str(label) for label in range(facts.num_classes)]
     if targets.ndim == 1:
-        return [f"{label}" for label in targets.tolist()]
+        return [names[label] for label in targets.tolist()]
     smoothing = config.recipe.label_smoothing
+    apart = ", " if class_names is None else "\n"
     shares = (targets.numpy() - smoothing / facts.num_classes) / (1 - smoothing)
     return [
-        ", ".join(f"{label}: {row[label]:.0%}" for label in np.argsort(-row)[:2] if row[label] >= 0.005)
+        apart.join(f"{names[label]}: {row[label]:.0%}" for label in np.argsort(-row)[:2] if row[label] >= 0.005)
         for row in shares
     ]

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 FILLER = -1
-"""Index of a blank image that fills up an evaluation batch, so that all ranks have equally many; it is never counted."""
+"""Index of a blank image that fills up an evaluation batch, so that all ranks have equally many; it is never counted.
+
+In training, the place (``draw``) of an image that does the same in an epoch's last, shorter step: its loss weighs nothing."""
 
 
 class Batch(NamedTuple):

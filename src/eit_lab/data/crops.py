@@ -30,6 +30,7 @@ Draw = Callable[[int], float]
 
 CROP_STREAMS = range(1, 5)
 """The first attempt's share, aspect, top and left; further attempts take the streams after them. 0 is the flip's."""
+_KEPT = 1 << 26  # bytes of the largest crop whose memory is kept for the next one
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 _bicubic = torch.ops.aten._upsample_bicubic2d_aa  # what F.resize calls; its ``out`` form writes into the batch
 
@@ -104,6 +105,8 @@ class FastCrops:
             cv2.flip(pixels, 1, pixels)
 
     def _without_gaps(self, crop: Pixels) -> Pixels:
+        if crop.size > _KEPT:
+            return np.ascontiguousarray(crop)
         if crop.size > self._room.size:
             self._room = np.empty(crop.size, dtype=np.uint8)
         whole = self._room[: crop.size].reshape(crop.shape)

@@ -22,6 +22,10 @@ Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 
 
+_MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 2**28  # where PIL refuses too
+_KEPT = 1 << 26  # bytes of the largest image whose memory is kept for the next one
+
+
 class DecodeError(ValueError):
     """Bytes that are not, or no longer, an image. The message is a few words."""
 
@@ -36,7 +40,9 @@ def decode_pil(data: Bytes) -> Pixels:
             warnings.simplefilter("ignore", UserWarning)  # of metadata, such as broken EXIF, that nobody looks at
             with Image.open(io.BytesIO(data)) as file:
                 return np.array(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:  # whose text has an address of memory, another one each time
+        raise DecodeError("no kind of image that is known") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(_words(error) if str(error) else type(error).__name__) from None
 
 
@@ -54,6 +60,8 @@ class Decoder:
             if bytes(data[:2]) == b"\xff\xd8":
                 raise DecodeError(str(error)) from None
             return decode_pil(data)
+        if header.width * header.height > _MOST_PIXELS:
+            raise DecodeError(f"its header says {header.width:,} x {header.height:,} px")
         if header.components not in (1, 3):
             self._check(data)
             return decode_pil(data)
@@ -80,10 +88,14 @@ class Decoder:
 
     def _jpeg(self, data: Bytes, width: int, height: int) -> Pixels:
         room = width * height * 3
-        if room > len(self._buffer):
-            self._buffer = np.empty(room, dtype=np.uint8)
+        if room > _KEPT:
+            buffer = np.empty(room, dtype=np.uint8)
+        else:
+            if room > len(self._buffer):
+                self._buffer = np.empty(room, dtype=np.uint8)
+            buffer = self._buffer
         try:
-            pixels: Any = simplejpeg.decode_jpeg(data, "RGB", buffer=self._buffer, strict=True)
+            pixels: Any = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
         except ValueError as error:
             raise DecodeError(_words(error)) from None
         return pixels

@@ -30,6 +30,7 @@ from eit_lab.data.reading import SampleError, SampleReader
 from eit_lab.data.roots import notes, open_data
 
 _FLIP_STREAM = 0
+_STAND_INS = 8
 _DRAWN = 1 + 3 * len(CROP_STREAMS)  # of the flip and three attempts at a crop, which are enough for nearly all
 
 
@@ -65,7 +66,9 @@ class StreamedImages(Dataset[Batch]):
 
     def prefetcher(self) -> Prefetcher | None:
         """What fetches files before they are needed, where they are fetched at all."""
-        return None if self.reader.files is None else Prefetcher(self.reader.files)
+        files = self.reader.files
+        # All of the cache: it is asked for two windows, which it was found to hold (roots.py).
+        return None if files is None else Prefetcher(files, ahead_bytes=files.limit_bytes)
 
     def files_ahead(self, *, seed: int, epoch: int, window: int) -> list[Wanted]:
         """The files of a window of training and of the next one, in the order in which they are needed."""
@@ -100,16 +103,12 @@ class StreamedImages(Dataset[Batch]):
                 continue
             try:
                 self._load(target, item, None if draws is None else draws[place])
-            except SampleError as error:
-                unread[place] = str(error)
-            except DecodeError as error:
-                unread[place] = f"{self.name(item[1])}: cannot be decoded: {error}"
+            except (SampleError, DecodeError) as error:
+                unread[place] = self._reason(item[1], error)
         report = [(items[place][1], reason) for place, reason in unread.items()]
         labels = self.reader.index.label[self.chosen[index]].astype(np.int64)
         labels[index == FILLER] = 0
         if unread:
-            if self.augment_seed is not None and len(unread) == len(items):
-                raise RunError(f"{report[0][1]}; nor can the other {len(items) - 1} images of its batch be read")
             self._fill_in(sorted(unread), images, labels, rows)
         epoch, index, copy, order_place = rows.T
         return Batch(
@@ -151,6 +150,9 @@ class StreamedImages(Dataset[Batch]):
             pixels = target.permute(1, 2, 0).numpy()
             pixels[:] = self.image_augment.augment(pixels, index, epoch=epoch, copy=copy)
 
+    def _reason(self, index: int, error: SampleError | DecodeError) -> str:
+        return str(error) if isinstance(error, SampleError) else f"{self.name(index)}: cannot be decoded: {error}"
+
     def _fill_in(self, bad: Sequence[int], images: Tensor, labels: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         good = [place for place in range(len(rows)) if place not in set(bad)]
         for place in bad:
@@ -158,10 +160,30 @@ class StreamedImages(Dataset[Batch]):
                 images[place].zero_()
                 labels[place], rows[place, 1] = 0, FILLER
                 continue
+            if not good:
+                self._stand_in(images[place], rows[place])
+                labels[place] = self.reader.index.label[self.chosen[rows[place, 1]]]
+                good = [place]
+                continue
             other = next((p for p in good if p > place), good[0])
             images[place] = images[other]
             labels[place] = labels[other]
             rows[place, :3] = rows[other, :3]
+
+    def _stand_in(self, target: Tensor, row: NDArray[np.int64]) -> None:
+        """Another sample where none of a batch could be read; a function of the index alone."""
+        epoch, index, copy, place = row.tolist()
+        reason = ""
+        for other in range(index + 1, index + 1 + _STAND_INS):
+            row[1] = other % len(self)
+            drawn = self._draws(row[1:2], row[0:1], row[2:3])
+            try:
+                self._load(target, (epoch, int(row[1]), copy, place), None if drawn is None else drawn[0])
+            except (SampleError, DecodeError) as error:
+                reason = self._reason(int(row[1]), error)
+            else:
+                return
+        raise RunError(f"{self.name(index)} cannot be read, nor the {_STAND_INS} images after it; the last: {reason}")
 
 
 def _new_batch(count: int, h: int, w: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from torch.utils.data._utils.worker import _worker_loop
 
 from eit_lab.config import Config, ImageNetData, micro_batches
 from eit_lab.data.batch import Batch
@@ -22,7 +20,7 @@ from eit_lab.data.order import EvalBatches, TrainBatches
 from eit_lab.data.prefetch import Prefetcher
 from eit_lab.data.small import InMemoryImages, load_small
 from eit_lab.data.unread import Unread
-from eit_lab.processes import end_with_parent
+from eit_lab.processes import count_cores, end_with_parent
 
 Part = Literal["train", "val", "test"]
 
@@ -44,6 +42,7 @@ class ImageData(LightningDataModule):
         limit = config.data.max_unread if isinstance(config.data, ImageNetData) else 0
         self.unread = Unread(limit, path=None if folder is None else folder / "unread.jsonl")
         self._prefetcher: Prefetcher | None = None
+        self._wanted: tuple[int, int] | None = None
         self._parts: Mapping[Part, InMemoryImages | StreamedImages] = {}
 
     def setup(self, stage: str) -> None:
@@ -104,7 +103,7 @@ class ImageData(LightningDataModule):
             return
         if self._prefetcher is None:
             self._prefetcher = train.prefetcher()
-            self._wanted: tuple[int, int] | None = None
+            self._wanted = None
         if self._prefetcher is None or self._wanted == (epoch, window):
             return
         self._wanted = epoch, window
@@ -176,7 +175,7 @@ class ImageData(LightningDataModule):
         if not isinstance(self.config.data, ImageNetData):
             return 0  # in memory: a batch takes less than handing it over would
         local = self.trainer.num_devices if self.trainer is not None else 1
-        return max(1, len(os.sched_getaffinity(0)) // local)
+        return max(1, count_cores() // local)
 
     def _place(self) -> tuple[int, int]:
         if self.place is not None:
@@ -187,10 +186,12 @@ class ImageData(LightningDataModule):
 def _end_workers() -> None:
     """Workers that still wait when the process ends, as after an error whose traceback holds their loader.
 
-    NOTE: multiprocessing would send them SIGTERM, which they leave to their parent, and wait for ever.
+    NOTE: multiprocessing would send them SIGTERM, which they leave to their parent, and wait for ever; and torch would tell of
+    each that is killed.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
-        if getattr(child, "_target", None) is _worker_loop:
+        if child.daemon:
             child.kill()
 
 

@@ -37,15 +37,20 @@ class Windows:
     file: NDArray[np.int64]
     """(num_samples,) number of the file that each sample lies in."""
     size: int
-    """Samples, at least, that are shuffled together; a window ends where a file does."""
+    """Samples, at least, that are shuffled together; a window ends where a file does, the last one may be smaller."""
 
     def files_in_turn(self, *, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(files in the order of an epoch, the window of each), the same files whichever rank asks."""
         counts = np.bincount(self.file)
         files = np.flatnonzero(counts)
         turn = files[_generator(seed, epoch, stream=1).permutation(len(files))]
-        begin = np.cumsum(counts[turn]) - counts[turn]
-        return turn, begin // self.size
+        window, held, windows = 0, 0, []
+        for count in counts[turn].tolist():
+            if held >= self.size:
+                window, held = window + 1, 0
+            windows.append(window)
+            held += count
+        return turn, np.array(windows)
 
     def of_files(self, *, seed: int, epoch: int) -> NDArray[np.int64]:
         """(files,) the window of each file, by its number."""

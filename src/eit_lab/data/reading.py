@@ -6,11 +6,13 @@ What cannot be read is a ``SampleError`` that names the file: the loader decides
 from __future__ import annotations
 
 import os
+import resource
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eit_lab.data.cache import FileCache
 from eit_lab.data.index import SplitIndex
@@ -21,7 +23,7 @@ from eit_lab.data.store import LOG, Store
 
 Layout = Literal["folder", "tar", "parquet", "shards"]
 
-_OPEN_FILES = 128  # of one process; the usual limit is 1024
+_OPEN_FILES = 4096  # of one process, or a quarter of what the system allows
 _OPEN_COPIES = 8  # of one process: a copy that was dropped takes its space as long as somebody has it open
 
 
@@ -49,6 +51,9 @@ class SampleReader:
         """``files`` holds containers that cannot be read in place: all of a remote store, and parquet files."""
         self.index, self.store, self.files, self.layout = index, store, files, layout
         self._open: OrderedDict[int, _File] = OrderedDict()
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = min(_OPEN_FILES, allowed // 4) if files is None else _OPEN_COPIES
+        self._rows: dict[int, NDArray[np.uint64]] = {}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -104,11 +109,16 @@ class SampleReader:
             file = self._file(container)
         except FileNotFoundError:
             raise SampleError(self.name(sample), "the file is missing") from None
+        except OSError as error:
+            raise SampleError(self.name(sample), f"cannot be read: {error.strerror or error}") from None
         offset, size, checksum = int(index.offset[sample]), int(index.size[sample]), int(index.checksum[sample])
         width, height = int(index.width[sample]), int(index.height[sample])
         if file.rows is not None:  # converted here: the index knows its row only
             offset, size, checksum, width, height = (int(value) for value in file.rows[offset])
-        record = os.pread(file.number, size, offset)
+        try:
+            record = os.pread(file.number, size, offset)
+        except OSError as error:
+            raise SampleError(self.name(sample), f"cannot be read: {error.strerror or error}") from None
         if len(record) < size:
             raise DamagedRecordError(f"cut short: {len(record):,} of its {size:,} bytes are there")
         if self.layout == "tar":
@@ -127,14 +137,21 @@ class SampleReader:
             wanted = self.wanted(container)
             number = self.files.open(wanted.name, size=wanted.size, checksum=wanted.checksum, make=wanted.make)
             if wanted.make is not None:
-                rows = _rows(number, Path(wanted.name))
+                rows = self._rows.get(container)  # reading them costs as much as ten images
+                if rows is None:
+                    try:
+                        self._rows[container] = rows = _rows(number, Path(wanted.name))
+                    except DamagedShardError:
+                        os.close(number)
+                        raise
         self._open[container] = file = _File(number, rows)
-        if len(self._open) > (_OPEN_FILES if self.files is None else _OPEN_COPIES):
+        if len(self._open) > self._most:
             _, oldest = self._open.popitem(last=False)
             os.close(oldest.number)
         return file
 
     def _forget(self, container: int) -> None:
+        self._rows.pop(container, None)
         file = self._open.pop(container, None)
         if file is not None:
             os.close(file.number)
@@ -142,10 +159,10 @@ class SampleReader:
 
 class _File(NamedTuple):
     number: int
-    rows: np.ndarray | None
+    rows: NDArray[np.uint64] | None
     """(rows, 5) uint64: offset, size, checksum, width, height of each; of converted files."""
 
 
-def _rows(number: int, path: Path) -> np.ndarray:
+def _rows(number: int, path: Path) -> NDArray[np.uint64]:
     _, rows = read_footer(path, number=number)
     return np.array([(row.offset, row.size, row.checksum, row.width, row.height) for row in rows], dtype=np.uint64)

@@ -52,8 +52,9 @@ def open_data(config: ImageNetData) -> OpenRoot:
     """List ``data.root``, or find it listed already. Raises ConfigError where it is not as expected, RunError."""
     if not config.root:
         raise ConfigError(
-            "data.root must name the ImageNet folder (with train/ and val/), got null: give data.root=PATH or set "
-            "EIT_LAB_IMAGENET; without any files, experiment=demo or data=digits runs at once"
+            "data.root must name the ImageNet folder (with train/ and val/), got null: give data.root=PATH"
+            f"{' or set EIT_LAB_IMAGENET' if config.name == 'imagenet' else ''}; without any files, experiment=demo or "
+            "data=digits runs at once"
         )
     root = open_at(config.root, cache=cache_folder(config.cache_dir), cache_gb=config.cache_gb)
     names = root.listing.class_names

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -61,13 +61,18 @@ class Unread:
             yield None
             return
         with self.path.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(OSError):  # of a disk without locks, where ranks may pass the limit together
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            self._take(file.read())
+            lines = file.read()
+            self._take(lines)
+            if lines and not lines.endswith("\n"):
+                file.write("\n")
             yield file
 
     def _take(self, lines: str) -> None:
         known = dict.fromkeys(self.texts)
         for line in lines.splitlines():
-            known.setdefault(json.loads(line), None)
+            with suppress(ValueError):  # half a line, as a full disk or a kill leaves it: it is met and noted again
+                known.setdefault(json.loads(line), None)
         self.texts[:] = known

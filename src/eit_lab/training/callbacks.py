@@ -60,7 +60,8 @@ class Clock(Callback):
     @property
     def img_per_s(self) -> float | None:
         """Training images per second over all devices; None before enough steps have run."""
-        return self.steps * self.plan.batch_size / self.seconds if self.steps else None
+        per_step = self.plan.images(self.plan.total_steps) / self.plan.total_steps
+        return self.steps * per_step / self.seconds if self.steps else None
 
     def seconds_left(self, step: int) -> float | None:
         """Seconds of training left after a step, at the mean speed of the whole run."""

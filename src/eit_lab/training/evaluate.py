@@ -56,7 +56,10 @@ def evaluate(
     classifier = Classifier(model, config.recipe, _normaliser(config, num_classes), ema=ema)
     with _trainer(config) as trainer:
         run = trainer.test if part == "test" else trainer.validate
-        run(classifier, datamodule=ImageData(config), verbose=False)
+        data = ImageData(config)
+        run(classifier, datamodule=data, verbose=False)
+        if data.unread.texts:
+            print(f"left out: {len(data.unread.texts)} images that could not be read", flush=True)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(f"{part}/")}
     suffix = "_ema" if tuple(weights) == ("ema",) else ""
     return {f"{name}{suffix}": value for name, value in metrics.items()}

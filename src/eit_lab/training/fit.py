@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.distributed import DistBackendError
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError, StoppedError
-from eit_lab.config import Config, ImageNetData, WandbLogger
+from eit_lab.config import Config, WandbLogger
 from eit_lab.data.augment import BatchAugment
 from eit_lab.data.module import ImageData
 from eit_lab.loading import dump
@@ -170,7 +170,7 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     record["unread"] = data.unread.texts
 
     clock = Clock(cut)
-    reference = config.recipe.reference if isinstance(config.data, ImageNetData) else None
+    reference = config.reference
     keeper = RecordKeeper(run.folder, record, clock, cut, reference=reference)
     device = device_name(trainer.strategy.root_device)
     peak = peak_flops(device, config.trainer.peak_tflops)
@@ -225,6 +225,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         if "DataLoader worker" in str(error) and "Traceback" not in str(error):
             raise RunError(_lost_worker(str(error))) from error
         raise
+    finally:
+        data.unread.refresh()
     ranks.close()
 
 

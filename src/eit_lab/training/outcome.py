@@ -79,9 +79,9 @@ def _show(
     result, names = record["result"], data.class_names
     counts = count_confusion(columns["label"], columns["predicted"])
     write_confusion(run.folder / "confusion.csv", counts, class_names=names)
-    if config.recipe.reference is not None and isinstance(config.data, ImageNetData):
+    if config.reference is not None:
         flush(trainer.loggers)
-        curve.draw(run.folder, config.recipe.reference, name=config.model.name, test_acc1=result["test/acc1"])
+        curve.draw(run.folder, config.reference, name=config.model.name, test_acc1=result["test/acc1"])
     for log in trainer.loggers:
         if isinstance(log, WandbLog):
             assert isinstance(config.logger, WandbLogger)

@@ -81,7 +81,7 @@ def closing_line(record: dict[str, Any], run: Run) -> str:
             f"averaged weights: top-1 {100 * result['test/acc1_ema']:.2f}%, top-5 {100 * result['test/acc5_ema']:.2f}%"
         )
     reference = record["config"]["recipe"]["reference"]
-    if reference and record["config"]["data"]["kind"] == "imagenet":
+    if reference and record["config"]["data"]["name"] == "imagenet":
         best = max(published.curve(reference), key=lambda epoch: epoch.test_acc1)
         gap = 100 * (result["test/acc1"] - best.test_acc1)
         lines.append(
