@@ -160,7 +160,7 @@ def _measure(options: Options) -> Results:
         advance("first batch, memory", 1, 1)
         rates, facts = _rates(options, material.files, material.shards, available, advance)
     return Results(
-        options={**asdict(options), "out": str(options.out), "cache": str(options.cache)},
+        options={key: value for key, value in asdict(options).items() if key not in ("out", "cache")},
         material=material.facts,
         cores=available,
         rates=rates,
