@@ -461,13 +461,13 @@ def test_two_processes_train_from_a_server_as_one_does(folder: Path, shards: Pat
     ]  # fmt: skip
     found = []
     for devices in (1, 2):
-        more = [f"trainer.devices={devices}", f"run.root={devices}"]
+        more = [f"trainer.devices={devices}", f"run.root=runs{devices}"]
         done = subprocess.run(
             [sys.executable, "-m", "eit_lab.train", *words, *more], cwd=here, capture_output=True, text=True, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        run = only_run(here / str(devices))
+        run = only_run(here / f"runs{devices}")
         found.append((steps_of(run), record_of(run)["result"]["test/acc1"], losses(run)))
     assert found[0][0] == found[1][0]
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-4)
