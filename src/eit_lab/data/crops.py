@@ -4,7 +4,8 @@ in training, resize and centre crop in evaluation. Two ways, chosen by ``data.de
 fast: decodes only what a crop needs, resizes once, antialiased and bicubic, into the place of the image in its batch.
 pil: torchvision's own functions on PIL images, as in the published runs, pixel for pixel.
 
-Their pixels differ by rounding alone, 2 levels of 256 at most and 0.005 on average (benchmarks/records/data.md).
+In evaluation their pixels differ by rounding alone, 2 levels of 256 at most; in training a crop that grows in one direction and
+shrinks in the other may differ by more, as Pillow 13 goes through the two in another order (tests/test_streaming.py).
 """
 
 from __future__ import annotations

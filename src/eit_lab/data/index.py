@@ -3,8 +3,8 @@
 1.28 million samples take some 80 MB, which all processes of a machine share in the page cache: a Python list of as many
 would be copied into each worker, page by page, as its reference counts change. No torch.
 
-The file: magic, length and checksum of the header, the header as JSON, then the columns as they lie in memory, each at a multiple of 64
-bytes. It is read only after both checksums were found right: a flipped byte here would be a wrong label.
+The file: magic, length and checksum of the header, the header as JSON, then the columns as they lie in memory, each at a
+multiple of 64 bytes. It is read only after both checksums were found right: a flipped byte here would be a wrong label.
 """
 
 from __future__ import annotations
