@@ -3,7 +3,7 @@
 Beside it, a reader of the files that wandb keeps on disk.
 
 It speaks as much of W&B's protocol (GraphQL, file stream, file uploads; as wandb 0.31 uses it) as one run with media,
-tables and artifacts needs. What it does not know is kept in ``unknown``, so that a test notices a changed protocol.
+tables and artifacts needs, and saved workspaces and reports. What it does not know is kept in ``unknown``, so that a test notices a changed protocol.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ class WandbServer:
     def __init__(self, mode: Mode = "ok") -> None:
         self.mode: Mode = mode
         self.runs: dict[str, StoredRun] = {}
+        self.projects: set[str] = {"eit_lab"}
+        self.views: dict[str, dict[str, Any]] = {}
+        """Id -> a saved workspace (type project-view) or report (type runs): name, displayName, projectName, spec, ..."""
         self.requests: Counter[str] = Counter()
         self.unknown: list[str] = []
         self.lock = threading.Lock()
@@ -86,6 +89,10 @@ class WandbServer:
             with suppress(OSError):  # closed already
                 connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
+
+
+class _RefusedError(Exception):
+    """What a query asks for is not there."""
 
 
 class _Http(ThreadingHTTPServer):
@@ -141,12 +148,17 @@ class _Handler(BaseHTTPRequestHandler):
             )
             return
         with owner.lock:
-            if self.command == "PUT":
+            if self.command == "GET" and path == "/":
+                reply = {}
+            elif self.command == "PUT":
                 owner.requests["PUT"] += 1
                 reply = self._keep_file(path, body)
             elif path == "/graphql":
                 query = json.loads(body)
-                reply = {"data": _graphql(owner, query["query"], query.get("variables") or {})}
+                try:
+                    reply = {"data": _graphql(owner, query["query"], query.get("variables") or {})}
+                except _RefusedError as error:
+                    reply = {"data": None, "errors": [{"message": str(error)}]}
             elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
                 owner.requests["file_stream"] += 1
                 reply = _file_stream(owner.run(found[1]), json.loads(body))
@@ -208,6 +220,15 @@ def _graphql(owner: WandbServer, text: str, given: dict[str, Any]) -> dict[str, 
         case "Viewer":
             who = {"id": "u1", "entity": "lab", "username": "lab", "email": "lab@example.org", "flags": "{}"}
             return {"viewer": {**who, "teams": {"edges": []}}}
+        case "GetDefaultEntity":
+            return {"viewer": {"id": "u1", "entity": "lab"}}
+        case "GetProjects":
+            edges = [{"node": _project(name)} for name in sorted(owner.projects)]
+            return {"models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": edges}}
+        case "ProjectInternalId":
+            return {"project": {"internalId": "p1"} if given["projectName"] in owner.projects else None}
+        case "upsertView" | "UpsertView2":
+            return {"upsertView": _upsert_view(owner, given)}
         case "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
         case "OrganizationCoreWeaveOrganizationID":
@@ -254,6 +275,23 @@ def _graphql(owner: WandbServer, text: str, given: dict[str, Any]) -> dict[str, 
         case _:
             owner.unknown.append(operation)
             return {}
+
+
+def _project(name: str) -> dict[str, Any]:
+    facts = {"id": "p1", "entityName": "lab", "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False, "user": None}
+    return {"__typename": "Project", "name": name, **facts}
+
+
+def _upsert_view(owner: WandbServer, given: dict[str, Any]) -> dict[str, Any]:
+    inserted = not given.get("id")
+    view_id = given.get("id") or f"Vmlldzo{len(owner.views) + 1}"
+    if not inserted and view_id not in owner.views:
+        raise _RefusedError(f"view {view_id} not found")
+    owner.views[view_id] = {**given, "spec": json.loads(given["spec"])}
+    times = {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z"}
+    facts = {key: given.get(key) for key in ("type", "name", "displayName", "description", "spec")}
+    project = {"id": "p1", "name": given["projectName"], "entityName": given["entityName"]}
+    return {"view": {"id": view_id, "project": project, **facts, **times}, "inserted": inserted}
 
 
 def _upsert(owner: WandbServer, given: dict[str, Any]) -> dict[str, Any]:
