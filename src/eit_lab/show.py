@@ -22,7 +22,7 @@ from eit_lab.config import Config, ConfigError, RecipeConfig
 from eit_lab.learning_rate import learning_rate, published_learning_rate
 from eit_lab.plan import Plan, plan
 from eit_lab.published import curve
-from eit_lab.report.figure import COLOURS, save_figure
+from eit_lab.report.figure import COLOURS, INK, save_figure
 from eit_lab.runs import DataFacts
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _draw_schedules(axes: Axes, recipe: RecipeConfig, counts: Plan, *, last: int
         logged = [row for row in curve(recipe.reference) if row.epoch < last][:: max(1, last // 60)]
         places, rates = [row.epoch + 0.5 for row in logged], [row.train_lr for row in logged]
         label = f"authors' log of EIT-{recipe.reference.title()}"
-        axes.scatter(places, rates, s=9, color=COLOURS[-1], linewidths=0, zorder=4, label=label)
+        axes.scatter(places, rates, s=9, color=INK, linewidths=0, zorder=4, label=label)
     axes.set_xlim(0, last)
 
 

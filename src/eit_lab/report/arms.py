@@ -1,114 +1,410 @@
-"""Runs -> arms: what is the same but for the seed, with the statistics of its seeds.
+"""Runs -> arms: what is the same but for the seed. Runs that cannot count are left out by name, never averaged over.
 
-Runs that failed or are missing are listed, never averaged over.
+A run counts when it is finished, has the metric, and is equal to the other runs of its arm in all that can change a result:
+configuration, code, data, precision, and the batch that batch norm sees. Where runs of one arm differ in those, the
+variant that most runs of the whole ablation share is kept. Machines, devices and restarts do not change what a run computes
+beyond rounding; they are listed, and speeds of different devices are not averaged.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, stdev
 from typing import Any
 
+from eit_lab.config import ConfigError
+from eit_lab.loading import nearest
+from eit_lab.report.metric import Metric, number
+from eit_lab.report.records import RunEntry, Source, plain_text
+from eit_lab.report.stats import Estimate, estimate
 from eit_lab.runs import PLACEMENT
 
-Record = Mapping[str, Any]
 _NOT_AN_ARM = (*PLACEMENT, "seed", "model.name", "model.size.name", "model.ib.name")  # labels and places
+_SHOWN_KEYS = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Arm:
-    """One configuration and its finished runs, by seed."""
+    """One configuration and its runs that count, by seed."""
 
     label: str
-    runs: dict[int, Record] = field(default_factory=dict)
-    plain: bool = False
-    """Attention only: rule none, or strength 0."""
-    point: dict[str, str] = field(default_factory=dict)
+    runs: dict[int, RunEntry] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value of all that is not a label or a place."""
+    setup: dict[str, str] = field(default_factory=dict)
+    """What must be equal between arms that are compared, and is not part of the declared factor."""
+    point: dict[str, Any] = field(default_factory=dict)
     """The keys in which the arms differ, with this arm's values."""
-    superseded: list[Record] = field(default_factory=list)
-    """Runs of a seed that has a later one."""
+    source: str = ""
+    declared: bool = False
+    """By an ablation that says which factor the arms differ in."""
+    matched: tuple[str, ...] = ()
+    """Keys in which arms of a matched budget differ on purpose."""
 
     @property
-    def accuracies(self) -> list[float]:
-        """Test top-1 of each seed, in percent, seeds ascending."""
-        return [100 * self.runs[seed]["result"]["test/acc1"] for seed in sorted(self.runs)]
+    def plain(self) -> bool:
+        """Attention only: rule none, or strength 0."""
+        return self.config.get("model.ib.rule") == "none" or self.config.get("model.ib.strength") == 0
 
     @property
-    def cost(self) -> Record:
-        """Parameters and MACs, the same for every seed."""
-        cost: Record = next(iter(self.runs.values()))["cost"]
-        return cost
+    def seeds(self) -> list[int]:
+        """Ascending."""
+        return sorted(self.runs)
 
-    @property
-    def img_per_s(self) -> float | None:
-        """Training images per second, the mean over seeds."""
-        known = [run["img_per_s"] for run in self.runs.values() if run.get("img_per_s")]
-        return mean(known) if known else None
+    def values(self, metric: Metric) -> list[float]:
+        """The shown metric of each seed, seeds ascending."""
+        return [value for seed in self.seeds if (value := metric.of(self.runs[seed].record)) is not None]
+
+    def estimate(self, metric: Metric) -> Estimate:
+        """Mean over seeds."""
+        return estimate(self.values(metric))
+
+    def fact(self, part: str, key: str) -> Any:
+        """What every run has alike, such as ``cost``, ``macs``; None where it is not known."""
+        return (next(iter(self.runs.values())).record.get(part) or {}).get(key)
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over n seeds with its standard deviation and the half width of its 95% interval (Student's t); NaN for n = 1."""
+class LeftOut:
+    """A run that is not averaged over, and why."""
 
-    mean: float
-    std: float
-    half_width: float
-    n: int
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, sample standard deviation and 95% interval of independent values."""
-    n = len(values)
-    if n < 2:
-        return Estimate(mean(values), math.nan, math.nan, n)
-    from scipy.special import stdtrit
-
-    spread = stdev(values)
-    return Estimate(mean(values), spread, float(stdtrit(n - 1, 0.975)) * spread / math.sqrt(n), n)
+    arm: str
+    seed: int | None
+    name: str
+    state: str
+    why: str
+    entry: RunEntry | None = None
 
 
-def paired_difference(arm: Arm, baseline: Arm) -> Estimate | None:
-    """Arm - baseline in points of top-1, paired by seed; None without a common seed."""
-    seeds = sorted(arm.runs.keys() & baseline.runs.keys())
-    if not seeds:
-        return None
-    return estimate([
-        100 * (arm.runs[s]["result"]["test/acc1"] - baseline.runs[s]["result"]["test/acc1"]) for s in seeds
-    ])  # fmt: skip
+@dataclass
+class Ablation:
+    """The arms of a report, the comparisons that were planned, and what is not equal."""
+
+    metric: Metric
+    arms: list[Arm] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    pairs: list[tuple[Arm, Arm]] = field(default_factory=list)
+    """(arm, what it is held against)."""
+    unmet: list[str] = field(default_factory=list)
+    """Comparisons that cannot be made, a sentence each."""
+    unequal: list[str] = field(default_factory=list)
+    """What differs between the runs that count, a sentence each."""
 
 
-def group_arms(records: Sequence[Record]) -> list[Arm]:
-    """Finished runs grouped by everything but the seed; the plain ViT first, then in the order of the records."""
-    finished = [record for record in records if record["status"] == "finished"]
-    flat = [
-        {**_flatten(r["config"]), "data.fingerprint": r.get("data", {}).get("fingerprint")} for r in finished
-    ]  # the same name over other files is another data set
-    keys = [
-        key
-        for key in dict.fromkeys(key for config in flat for key in config)
-        if not any(key == skip or key.startswith(f"{skip}.") for skip in _NOT_AN_ARM)
-        and len({repr(config.get(key)) for config in flat}) > 1
-    ]
-    by_point: dict[tuple[str, ...], Arm] = {}
-    for record, config in zip(finished, flat, strict=True):
-        point = tuple(repr(config.get(key)) for key in keys)
-        ib = record["config"]["model"]["ib"]
-        plain = ib["rule"] == "none" or ib["strength"] == 0
-        new = Arm(label=record["name"], plain=plain, point=dict(zip(keys, point, strict=True)))
-        arm = by_point.setdefault(point, new)
-        known = arm.runs.get(record["seed"])
-        if known is None or known.get("ended", "") <= record.get("ended", ""):
-            known, arm.runs[record["seed"]] = arm.runs.get(record["seed"]), record
+def collect(sources: Sequence[Source], metric: Metric, *, baseline: str | None = None) -> Ablation:
+    """The arms of all sources. Runs of declared ablations are grouped as declared, all others by their configuration.
+
+    Raises ConfigError where ``baseline`` is no arm's label.
+    """
+    found = Ablation(metric)
+    pools = [(source.declaration, [source]) for source in sources if source.declaration.get("arms")]
+    loose = [source for source in sources if not source.declaration.get("arms")]
+    if loose:
+        swept = next((s.declaration for s in loose if s.declaration), {})
+        pools.append((swept if len(loose) == 1 else {}, loose))
+    for declaration, members in pools:
+        _add_pool(found, declaration, members, planned=baseline is None)
+    _name_apart(found)
+    _set_points(found.arms)
+    if baseline is not None:
+        against = _find_baseline(found, baseline)
+        found.pairs = [(arm, against) for arm in found.arms if arm is not against] if against else []
+        if against is None:
+            found.unmet.append(f"The baseline {baseline} has no run that counts: nothing is held against it.")
+    found.unequal = _unequal(found.arms)
+    return found
+
+
+def _add_pool(found: Ablation, declaration: Mapping[str, Any], sources: Sequence[Source], *, planned: bool) -> None:
+    entries = _once([entry for source in sources for entry in source.entries])
+    usable, left_out = _usable(entries, found.metric)
+    for old in (entry for source in sources for entry in source.superseded):
+        if old.name not in {entry.name for entry in entries}:
+            left_out.append(_left(old, "superseded", "its code, data or configuration has a newer version"))
+    declared = list(declaration.get("arms") or ())
+    matched = ("model.size.embed_dim",) if declaration.get("match") else ()
+    if declared:
+        arms, unlike = _declared_arms(usable, declared, (*(declaration.get("factor") or ()), *matched))
+        left_out += _missing(declaration, entries)
+    else:
+        arms, unlike = _loose_arms(usable)
+    for arm in arms:
+        arm.source, arm.declared, arm.matched = sources[0].name, bool(declared), matched
+    found.arms += arms
+    found.left_out += left_out + unlike
+    if not planned:
+        return
+    wanted = [tuple(pair) for pair in declaration.get("compare") or ()]
+    against = declaration.get("baseline")
+    if not wanted and against:
+        wanted = [(label, against) for label in (declared or [arm.label for arm in arms]) if label != against]
+    if not wanted:
+        _set_points(arms)
+        pairs = [(arm, other) for arm in arms if (other := baseline_of(arm, arms)) is not None]
+        found.pairs += [(arm, other) for arm, other in pairs if arm is not other]
+        return
+    by_label = {arm.label: arm for arm in arms}
+    for label, other in wanted:
+        absent = [name for name in (label, other) if name not in by_label]
+        if absent:
+            found.unmet.append(f"{label} - {other}: not compared, {' and '.join(absent)} has no run that counts.")
         else:
-            known = record
-        arm.superseded += [known] if known is not None else []
-    names = [arm.label for arm in by_point.values()]
-    if len(set(names)) < len(names):  # the name does not tell them apart: say in which keys they differ
-        for point, arm in by_point.items():
-            arm.label += "".join(f" {key}={value}" for key, value in zip(keys, point, strict=True))
-    return sorted(by_point.values(), key=lambda arm: not arm.plain)
+            found.pairs.append((by_label[label], by_label[other]))
+
+
+def _once(entries: Iterable[RunEntry]) -> list[RunEntry]:
+    """Without the runs that two sources share."""
+    kept: dict[tuple[str, str], RunEntry] = {}
+    for entry in entries:
+        kept.setdefault((entry.name, entry.arm), entry)
+    return list(kept.values())
+
+
+def _usable(entries: Iterable[RunEntry], metric: Metric) -> tuple[list[RunEntry], list[LeftOut]]:
+    usable, left_out = [], []
+    for entry in entries:
+        if entry.status != "finished":
+            left_out.append(_left(entry, entry.status, entry.said))
+        elif not isinstance(entry.seed, int) or not isinstance(entry.record.get("config"), Mapping):
+            left_out.append(_left(entry, "damaged", "its record has no seed or no config"))
+        elif metric.of(entry.record) is None:
+            said = (entry.record.get("result") or {}).get(metric.key)
+            why = f"its {metric.key} is {said}" if said is not None else f"its result has no {metric.key}"
+            left_out.append(_left(entry, "no metric", why))
+        else:
+            usable.append(entry)
+    return usable, left_out
+
+
+def _left(entry: RunEntry, state: str, why: str) -> LeftOut:
+    return LeftOut(entry.arm, entry.seed, entry.name, state, plain_text(why), entry)
+
+
+def _missing(declaration: Mapping[str, Any], entries: Sequence[RunEntry]) -> list[LeftOut]:
+    there = {(entry.arm, entry.seed) for entry in entries}
+    wanted = [(arm, seed) for arm in declaration["arms"] for seed in declaration.get("seeds") or ()]
+    return [
+        LeftOut(arm, seed, "", "missing", "declared, and never started")
+        for arm, seed in wanted
+        if (arm, seed) not in there
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- grouping
+
+
+def _declared_arms(
+    usable: Sequence[RunEntry], labels: Sequence[str], factor: Sequence[str]
+) -> tuple[list[Arm], list[LeftOut]]:
+    """One arm a label; what its runs must share is the whole configuration, all arms what lies outside the factor."""
+    groups: dict[str, list[_Run]] = {label: [] for label in labels}
+    for entry in usable:
+        config = flat_config(entry)
+        outside = {key: repr(value) for key, value in config.items() if not covers(factor, key)}
+        inside = {key: repr(value) for key, value in config.items() if covers(factor, key)}
+        groups.setdefault(entry.arm, []).append(
+            _Run(entry, config, {**_facts(entry, factor), **outside}, {**_own_facts(entry), **inside})
+        )
+    return _pick(groups)
+
+
+def _loose_arms(usable: Sequence[RunEntry]) -> tuple[list[Arm], list[LeftOut]]:
+    """One arm for each configuration there is; the plain ViT first, then in the order of the records."""
+    configs = [flat_config(entry) for entry in usable]
+    for entry, config in zip(usable, configs, strict=True):  # the same name over other files is another data set
+        config["data.fingerprint"] = (entry.record.get("data") or {}).get("fingerprint")
+    keys = varying(configs)
+    groups: dict[str, list[_Run]] = {}
+    for entry, config in zip(usable, configs, strict=True):
+        point = repr([config.get(key) for key in keys])
+        groups.setdefault(point, []).append(_Run(entry, config, _facts(entry, keys), _own_facts(entry)))
+    arms, unlike = _pick(groups)
+    by_label: dict[str, list[Arm]] = {}
+    for arm in arms:
+        by_label.setdefault(arm.label, []).append(arm)
+    for same in by_label.values():
+        if len(same) > 1:
+            _tell_apart(same)
+    return _in_order(arms, keys), unlike
+
+
+def _tell_apart(arms: Sequence[Arm]) -> None:
+    """Add to a name that does not tell arms apart in which keys they differ: those with the most values, as many as it takes."""
+    values = {key: [plain_text(arm.config.get(key)) for arm in arms] for key in varying([arm.config for arm in arms])}
+    ends = Counter(key.rpartition(".")[2] for key in values)
+    chosen: list[str] = []
+    for key in sorted(values, key=lambda key: -len(set(values[key])))[:_SHOWN_KEYS]:
+        chosen.append(key)
+        if len(set(zip(*(values[k] for k in chosen), strict=True))) == len(arms):
+            break
+    seen: Counter[str] = Counter()
+    for place, arm in enumerate(arms):
+        for key in chosen:
+            end = key.rpartition(".")[2]
+            arm.label += f" {end if ends[end] == 1 else key}={values[key][place]}"
+        seen[arm.label] += 1
+        if seen[arm.label] > 1:  # they differ in more keys than a name can hold
+            arm.label += f" ({seen[arm.label]})"
+
+
+def _in_order(arms: Sequence[Arm], keys: Sequence[str]) -> list[Arm]:
+    """By the number they differ in, where that is all; else what is compared together stands together, the plain ViT first."""
+    numbers = [number(arm.config.get(keys[0])) for arm in arms] if len(keys) == 1 else [None]
+    if None not in numbers:
+        return sorted(arms, key=lambda arm: float(arm.config[keys[0]]))
+    outside = [repr([arm.config.get(key) for key in keys if not key.startswith("model.ib.")]) for arm in arms]
+    place = {id(arm): (outside.index(point), not arm.plain) for arm, point in zip(arms, outside, strict=True)}
+    return sorted(arms, key=lambda arm: place[id(arm)])
+
+
+@dataclass(frozen=True)
+class _Run:
+    entry: RunEntry
+    config: dict[str, Any]
+    setup: dict[str, str]
+    """Shared by all arms that are compared fairly."""
+    own: dict[str, str]
+    """Shared by the runs of one arm."""
+
+    @property
+    def ended(self) -> str:
+        return str(self.entry.record.get("ended", ""))
+
+
+def _pick(groups: Mapping[str, list[_Run]]) -> tuple[list[Arm], list[LeftOut]]:
+    """Of each group, the runs of one variant, one a seed; and what was left out of it."""
+    shared = Counter(_key(run.setup) for runs in groups.values() for run in runs)
+    arms, left_out = [], []
+    for runs in groups.values():
+        if not runs:
+            continue
+        variants: dict[tuple[object, object], list[_Run]] = {}
+        for run in runs:
+            variants.setdefault((_key(run.setup), _key(run.own)), []).append(run)
+        rank = {key: (shared[key[0]], len(made), max(run.ended for run in made)) for key, made in variants.items()}
+        chosen = max(variants, key=rank.__getitem__)
+        kept = variants[chosen][0]
+        arm = Arm(kept.entry.arm, config=kept.config, setup=kept.setup)
+        for key, made in variants.items():
+            for run in made:
+                if key != chosen:
+                    left_out.append(_left(run.entry, "unequal", _unlike(run, kept)))
+                    continue
+                assert run.entry.seed is not None
+                other = arm.runs.get(run.entry.seed)
+                later = other is None or str(other.record.get("ended", "")) <= run.ended
+                old = other if later else run.entry
+                if later:
+                    arm.runs[run.entry.seed] = run.entry
+                if old is not None:
+                    left_out.append(_left(old, "repeated", "the same arm and seed has a later run"))
+        arms.append(arm)
+    return arms, left_out
+
+
+def _key(facts: Mapping[str, str]) -> object:
+    return frozenset(facts.items())
+
+
+def _unlike(run: _Run, kept: _Run) -> str:
+    return "; ".join(
+        differences({**run.setup, **run.own}, {**kept.setup, **kept.own}, "{key} {a}, where the others have {b}")
+    )
+
+
+def differences(a: Mapping[str, str], b: Mapping[str, str], form: str) -> list[str]:
+    """In what two mappings differ: the form with key, a and b filled in, for the first few keys."""
+    keys = [key for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)]
+    shown = [
+        form.format(key=key, a=plain_text(a.get(key, "nothing")), b=plain_text(b.get(key, "nothing")))
+        for key in keys[:_SHOWN_KEYS]
+    ]
+    return shown + ([f"and {len(keys) - _SHOWN_KEYS} more keys"] if len(keys) > _SHOWN_KEYS else [])
+
+
+def _facts(entry: RunEntry, varied: Sequence[str]) -> dict[str, str]:
+    """What a result depends on beside the configuration, but for what is varied on purpose."""
+    record = entry.record
+    placement = record.get("placement") or {}
+    facts = {"code": (record.get("versions") or {}).get("code")}
+    if not any(key == "data" or key.startswith("data.") for key in varied):
+        facts["data"] = (record.get("data") or {}).get("fingerprint")
+    if not covers(varied, "trainer.precision"):
+        facts["precision"] = placement.get("precision")
+    return {key: str(value) for key, value in facts.items() if value is not None}
+
+
+def _own_facts(entry: RunEntry) -> dict[str, str]:
+    """What the runs of one arm must share beside that; other arms may have no such thing."""
+    stem = (entry.record["config"].get("model") or {}).get("stem") or {}
+    batch = (entry.record.get("placement") or {}).get("per_device_batch")
+    return {"images that batch norm sees": str(batch)} if stem.get("norm") == "batch" and batch is not None else {}
+
+
+def covers(prefixes: Sequence[str], key: str) -> bool:
+    """Whether a dotted key is one of these, or lies below one."""
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def flat_config(entry: RunEntry) -> dict[str, Any]:
+    """Dotted key -> value of a run's config, without labels and places."""
+    return {key: value for key, value in _flatten(entry.record["config"]).items() if not covers(_NOT_AN_ARM, key)}
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which configurations differ, in their order."""
+    seen: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in config.items():
+            seen.setdefault(key, set()).add(repr(value))
+    return [k for k, found in seen.items() if len(found) > 1 or any(k not in config for config in configs)]
+
+
+def _set_points(arms: Sequence[Arm]) -> None:
+    keys = varying([arm.config for arm in arms])
+    if not all("data.fingerprint" in arm.config for arm in arms):  # declared arms have it in their set-up
+        keys = [key for key in keys if key != "data.fingerprint"]
+    for arm in arms:
+        arm.point = {key: arm.config.get(key) for key in keys}
+
+
+def _name_apart(found: Ablation) -> None:
+    """Arms of two sources that have one label: one arm where they are the same, else the source's name is added."""
+    first: dict[str, Arm] = {}
+    stands_for: dict[int, Arm] = {}
+    for arm in found.arms:
+        same = first.setdefault(arm.label, arm)
+        if same is not arm and _is_same(arm, same):
+            same.runs = {**arm.runs, **same.runs}
+            stands_for[id(arm)] = same
+        elif same is not arm:
+            arm.label = f"{arm.label} ({arm.source})"
+    found.arms = [arm for arm in found.arms if id(arm) not in stands_for]
+    pairs = [(stands_for.get(id(a), a), stands_for.get(id(b), b)) for a, b in found.pairs]
+    found.pairs = [pair for n, pair in enumerate(pairs) if not any(_is_pair(pair, other) for other in pairs[:n])]
+
+
+def _is_same(arm: Arm, other: Arm) -> bool:
+    keys = (arm.config.keys() | other.config.keys()) - {"data.fingerprint"}
+    facts = arm.setup.keys() & other.setup.keys()
+    return all(arm.config.get(k) == other.config.get(k) for k in keys) and all(
+        arm.setup[k] == other.setup[k] for k in facts
+    )
+
+
+def _is_pair(pair: tuple[Arm, Arm], other: tuple[Arm, Arm]) -> bool:
+    return pair[0] is other[0] and pair[1] is other[1]
+
+
+# ------------------------------------------------------------------------------------------------- baselines, inequalities
 
 
 def baseline_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -120,13 +416,55 @@ def baseline_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
         return arms[0]
 
     def outside(other: Arm) -> dict[str, str]:
-        return {key: value for key, value in other.point.items() if not key.startswith("model.ib.")}
+        return {key: repr(value) for key, value in other.point.items() if not key.startswith("model.ib.")}
 
     return next((other for other in arms if other.plain and outside(other) == outside(arm)), None)
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
+def _find_baseline(found: Ablation, label: str) -> Arm | None:
+    arm = next((arm for arm in found.arms if arm.label == label), None)
+    known = dict.fromkeys([*(arm.label for arm in found.arms), *(left.arm for left in found.left_out)])
+    if arm is None and label not in known:
+        raise ConfigError(
+            f"baseline must be one of the arms {', '.join(known)}, got {label!r}{nearest(label, list(known))}"
+        )
+    return arm
+
+
+def _unequal(arms: Sequence[Arm]) -> list[str]:
+    """What a reader must know of the runs that count before trusting a comparison."""
+    runs = [run for arm in arms for run in arm.runs.values()]
+    said = []
+    codes = Counter(str((run.record.get("versions") or {}).get("code")) for run in runs)
+    if len(codes) > 1:
+        said.append(
+            f"runs were made with {len(codes)} versions of the code ({', '.join(sorted(codes))}): rerun for a fair table"
+        )
+    for what, of in (("devices", device), ("precisions", _precision), ("versions of torch", _torch)):
+        counts = Counter(text for run in runs if (text := of(run)))
+        if len(counts) > 1:
+            shown = (f"{text} ({n} run{'' if n == 1 else 's'})" for text, n in counts.most_common())
+            said.append(f"different {what}: {', '.join(shown)}")
+    seeds = {arm.label: arm.seeds for arm in arms}
+    if len({tuple(s) for s in seeds.values()}) > 1:
+        listed = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
+        said.append(f"arms have different seeds ({listed}): differences use the common ones only")
+    again = [f"{run.label} ({n}x)" for run in runs if (n := run.record.get("restarts"))]
+    if again:
+        said.append(f"stopped and gone on from their own state: {', '.join(again)}")
+    return said
+
+
+def device(run: RunEntry) -> str:
+    """On how many of which devices a run was made; empty where it is not known."""
+    placement = run.record.get("placement") or {}
+    name = placement.get("device") or placement.get("accelerator")
+    return plain_text(f"{placement.get('world_size', 1)} x {name}") if name else ""
+
+
+def _precision(run: RunEntry) -> str:
+    return str((run.record.get("placement") or {}).get("precision") or "")
+
+
+def _torch(run: RunEntry) -> str:
+    return str(((run.record.get("versions") or {}).get("packages") or {}).get("torch") or "")

@@ -1,78 +1,100 @@
-"""The first picture of an ablation: top-1 of every seed with its interval, and the learning curves."""
+"""How figures look: colours that people with any colour vision tell apart, one style, saved as PNG and SVG."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import matplotlib
-
-from eit_lab.report.arms import Arm, estimate
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+# Okabe and Ito's colours without their yellow and black, which are lost on white and on dark paper.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
+# Colours of their own, so that a page can exchange them for its own in the dark (page.py).
+INK, MUTED, GRID, PAPER = "#1c2126", "#697177", "#dde1e4", "#ffffff"
+PANEL = (4.5, 3.2)
+"""Inches of one figure: on a page three go side by side, and one fits a telephone."""
+
+_STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "text.parse_math": False,  # a dollar sign in the name of a run is a dollar sign
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "svg.hashsalt": "eit_lab",  # the same figure is the same file
+}
 
 
-def accuracy_figure(arms: Sequence[Arm]) -> Figure:
-    """Left: test top-1 by arm, every seed a dot, mean and 95% interval. Right: validation top-1 by epoch, mean over seeds."""
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    ends: list[float] = []
-    for place, arm in enumerate(arms):
-        colour = COLOURS[place % len(COLOURS)]
-        values = arm.accuracies
-        spread = estimate(values)
-        beside = [place - 0.12 - 0.26 * (i + 0.5) / len(values) for i in range(len(values))]  # equal values stay apart
-        left.scatter(beside, values, s=18, color=colour, alpha=0.75, linewidths=0)
-        if spread.n > 1:
-            left.errorbar(place + 0.08, spread.mean, yerr=spread.half_width, fmt="o", color=colour, capsize=4, ms=6)
-        curves = [curve for run in arm.runs.values() if (curve := _validation_curve(run["folder"]))]
-        if curves:
-            epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
-            means = [mean(c[e] for c in curves) for e in epochs]
-            ends += means[-1:]
-            right.plot([e + 1 for e in epochs], means, color=colour, label=arm.label)
-            low, high = ([pick(c[e] for c in curves) for e in epochs] for pick in (min, max))
-            right.fill_between([e + 1 for e in epochs], low, high, color=colour, alpha=0.15, linewidth=0)
-    left.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=0 if len(arms) <= 4 else 30, ha="center")
-    left.set_xlim(-0.5, len(arms) - 0.5)
-    left.set_ylabel("test top-1 (%)")
-    left.set_title("each seed, mean and 95% interval", fontsize=10)
-    right.set_xlabel("epoch")
-    right.set_ylabel("validation top-1 (%)")
-    right.set_title("mean and range over seeds, held-out slice of train", fontsize=10)
-    if ends:
-        right.legend(frameon=False, fontsize=9, loc="lower right")
-    _zoom(right, ends)
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw and save in here."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def panel(*, width: float = PANEL[0], height: float = PANEL[1]) -> tuple[Figure, Axes]:
+    """A figure with one plot; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def colour(place: int) -> str:
+    """Of the n-th arm."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def marker(place: int) -> str:
+    """Of the n-th arm; with the colour it repeats after 42 arms only."""
+    return MARKERS[place % len(MARKERS)]
+
+
+def line(place: int) -> str:
+    """Of the n-th arm."""
+    return LINES[place // len(COLOURS) % len(LINES)]
+
+
+def shorten(label: str, *, to: int = 30) -> str:
+    """A label with its middle left out where it is too long."""
+    keep = (to - 1) // 2
+    return label if len(label) <= to else f"{label[: to - 1 - keep]}…{label[-keep:]}"
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
     """STEM.png and STEM.svg."""
-    figure.savefig(stem.with_suffix(".png"), dpi=160)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-
-
-def _zoom(axes: Axes, ends: Sequence[float]) -> None:
-    """Leave out the first climb, where all arms look alike, when the curves end well above it."""
-    if ends and min(ends) > 60:
-        axes.set_ylim(min(ends) - 20, 101)
-
-
-def _validation_curve(folder: str) -> dict[int, float]:
-    path = Path(folder) / "metrics.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as handle:
-        return {
-            int(row["epoch"]): 100 * float(row["val/acc1"]) for row in csv.DictReader(handle) if row.get("val/acc1")
-        }
+    with warnings.catch_warnings():
+        # A box stands for a letter that we have no shape of.
+        warnings.filterwarnings("ignore", message=".*missing from font.*")
+        figure.savefig(stem.parent / f"{stem.name}.png", dpi=160)
+        figure.set_layout_engine("none")  # it stays as it was laid out for the first
+        figure.savefig(stem.parent / f"{stem.name}.svg", metadata={"Date": None})

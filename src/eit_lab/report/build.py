@@ -1,0 +1,268 @@
+"""A report: all that is computed and drawn of some runs, before it becomes a page or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from eit_lab.config import ConfigError
+from eit_lab.loading import nearest
+from eit_lab.report import content, curves, figures, pareto
+from eit_lab.report.arms import Ablation, Arm, collect
+from eit_lab.report.comparison import Comparison, compare
+from eit_lab.report.figure import PANEL, save_figure, style
+from eit_lab.report.metric import Metric, metric_of
+from eit_lab.report.records import Source
+from eit_lab.report.tables import Table, csv_text
+from eit_lab.report.verdict import verdict
+
+_CUT = " Where an interval ends in an arrow, it goes on."
+_SMALL = 3  # arms that are drawn beside the best ones where there are too many: the baselines come first
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with its file name and what it shows, in words."""
+
+    stem: str
+    figure: Figure
+    caption: str
+
+    @property
+    def is_wide(self) -> bool:
+        """Larger than others, because there is more in it."""
+        return self.figure.get_figwidth() > PANEL[0]
+
+
+@dataclass
+class Section:
+    """A heading, what to know before reading on, figures, tables."""
+
+    anchor: str
+    title: str
+    text: tuple[str, ...] = ()
+    drawings: list[Drawing] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """All of it."""
+
+    title: str
+    question: str
+    metric: Metric
+    ablation: Ablation
+    comparisons: list[Comparison]
+    sentences: list[str]
+    sections: list[Section]
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Every figure."""
+        return [drawing for section in self.sections for drawing in section.drawings]
+
+    @property
+    def tables(self) -> list[Table]:
+        """Every table."""
+        return [table for section in self.sections for table in section.tables]
+
+
+def build(sources: Sequence[Source], *, metric: str | None = None, baseline: str | None = None) -> Report:
+    """Compute and draw. Raises ConfigError for a metric that no run has, or a baseline that is no arm."""
+    declared = [source.declaration for source in sources if source.declaration]
+    key = metric or next((str(d["metric"]) for d in declared if d.get("metric")), "test/acc1")
+    _check_metric(sources, key, given=metric is not None)
+    found = metric_of(key)
+    ablation = collect(sources, found, baseline=baseline)
+    comparisons = compare(ablation)
+    questions = dict.fromkeys(str(d["question"]) for d in declared if d.get("question"))
+    report = Report(
+        title=" and ".join(dict.fromkeys(source.name for source in sources)),
+        question=" ".join(questions),
+        metric=found,
+        ablation=ablation,
+        comparisons=comparisons,
+        sentences=verdict(ablation, comparisons),
+        sections=[],
+    )
+    with style():
+        report.sections = list(_sections(report))
+    return report
+
+
+def _check_metric(sources: Sequence[Source], key: str, *, given: bool) -> None:
+    known = dict.fromkeys(
+        k for source in sources for entry in source.entries for k in (entry.record.get("result") or {})
+    )
+    if given and known and key not in known:
+        raise ConfigError(f"metric must be one of {', '.join(known)}, got {key!r}{nearest(key, list(known))}")
+
+
+def _sections(report: Report) -> Iterator[Section]:
+    arms, metric = report.ablation.arms, report.metric
+    if arms:
+        yield _accuracy(report)
+    if report.comparisons:
+        yield _differences(report)
+        yield Section("images", "Per image", tables=content.images_tables(report.comparisons))
+    if arms:
+        drawn = _few(report)
+        for section in (_curves(drawn, report), _pareto(report), _factor(arms, metric)):
+            if section is not None:
+                yield section
+        if (table := content.analysis_table(arms)) is not None:
+            yield Section("analysis", "Analysis", tables=[table])
+    yield Section("cost", "Cost", tables=[content.cost_table(report.ablation)])
+    yield _left_out(report.ablation)
+    if arms:
+        yield Section("runs", "Every run that counts", tables=[content.runs_table(report.ablation)])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _accuracy(report: Report) -> Section:
+    arms, metric = report.ablation.arms, report.metric
+    caption = "Every seed a small mark, below them the mean with its 95% interval (Student's t)."
+    if len(arms) > figures.ROWS:
+        caption += f" The first {figures.ROWS} of {len(arms)} arms."
+    if any(len(arm.runs) == 1 for arm in arms):
+        caption += " An arm with one seed has no interval."
+    figure = figures.accuracy_figure(arms, metric)
+    caption += _CUT if figures.is_cut(figure, (arm.estimate(metric) for arm in arms)) else ""
+    drawing = Drawing("accuracy", figure, caption)
+    return Section(
+        "accuracy",
+        _capital(metric.name),
+        drawings=[drawing],
+        tables=[content.arms_table(arms, metric)],
+    )
+
+
+def _differences(report: Report) -> Section:
+    figure = figures.difference_figure(report.comparisons, report.ablation.arms)
+    caption = "Difference in every common seed a small mark, below them the mean with its 95% interval (Student's t, not corrected)."
+    if len(report.comparisons) > figures.ROWS:
+        caption += f" The first {figures.ROWS} of {len(report.comparisons)} comparisons."
+    if figure is not None and figures.is_cut(figure, (one.estimate for one in report.comparisons)):
+        caption += _CUT
+    tests = report.comparisons[0].tests
+    text = [
+        "The paired t test supposes that differences between seeds are normal; the sign-flip test supposes only that they are as "
+        "likely to fall on either side of zero, and is exact, but with n seeds its p is at least 2/2^n. The sign-flip test counts "
+        "where that can pass the correction, else the t test does.",
+        f"Corrected by Holm's method for {tests} comparison{'' if tests == 1 else 's'}."
+        if tests
+        else "No comparison has two common seeds: there is no test.",
+    ]
+    drawings = [Drawing("differences", figure, caption)] if figure is not None else []
+    return Section(
+        "differences",
+        "Differences",
+        tuple(text),
+        drawings,
+        [content.differences_table(report.comparisons, report.metric)],
+    )
+
+
+def _few(report: Report) -> list[tuple[int, Arm]]:
+    """The arms that a figure of curves can hold, with their places: all, or the baselines and those with the best means."""
+    arms, metric = report.ablation.arms, report.metric
+    if len(arms) <= curves.SHOWN:
+        return list(enumerate(arms))
+    baselines = list({id(one.against): one.against for one in report.comparisons}.values())[:_SMALL]
+    sign = -1 if metric.higher_is_better is not False else 1
+    best = sorted(arms, key=lambda arm: sign * arm.estimate(metric).mean)
+    chosen = {id(arm) for arm in [*baselines, *best][: curves.SHOWN]}
+    return [(place, arm) for place, arm in enumerate(arm for arm in arms if id(arm) in chosen)]
+
+
+def _curves(drawn: Sequence[tuple[int, Arm]], report: Report) -> Section | None:
+    metric = curves.validation_metric(report.metric)
+    found = [(place, curve) for place, arm in drawn if (curve := curves.arm_curve(arm, metric)) is not None]
+    made = [
+        Drawing(
+            f"curves_{axis}", figure, f"{_capital(metric.title)} by {curves.AXES[axis]}: mean and range over seeds."
+        )
+        for axis in curves.AXES
+        if (figure := curves.curve_figure(found, metric, axis)) is not None
+    ]
+    if not made:
+        return None
+    text = [
+        f"On the slice held out of the training images. Training MACs: {curves.TRAINING_MACS} x MACs of a forward pass x images seen. "
+        f"Vertical axes begin at the lowest value after {curves.CLIMB:.0%} of training."
+    ]
+    total = len(report.ablation.arms)
+    if len(drawn) < total:
+        text.append(f"{len(drawn)} of {total} arms: the baselines and those with the best means.")
+    if not any("hours" in curve.x for _, curve in found):
+        text.append("Wall clock was not recorded.")
+    return Section("curves", "Learning curves", tuple(text), made)
+
+
+def _pareto(report: Report) -> Section | None:
+    arms, metric = report.ablation.arms, report.metric
+    if len(arms) < 2:
+        return None
+    made = []
+    for axis, cost in pareto.costs(arms).items():
+        if len(set(cost.values())) < 2:
+            continue  # a front against what all arms have alike is no front
+        caption = f"{_capital(metric.title)} by {pareto.AXES[axis]}: mean ± standard deviation over seeds; the line joins the filled marks, which no other arm beats in both."
+        if axis == "params" and metric.key == "test/acc1" and pareto.is_imagenet(arms):
+            caption += " Grey: published models, read off the figure in the repository of arXiv:2203.07116; squares have a pyramid."
+        made.append(Drawing(f"pareto_{axis}", pareto.pareto_figure(arms, metric, axis, cost), caption))
+    return Section("pareto", "Pareto fronts", drawings=made) if made else None
+
+
+def _factor(arms: Sequence[Arm], metric: Metric) -> Section | None:
+    key = figures.numeric_factor(arms)
+    if key is None:
+        return None
+    caption = f"{_capital(metric.title)} against {key}: every seed a small mark, the line through the means, bars 95% intervals."
+    return Section(
+        "factor", "Along the factor", drawings=[Drawing("factor", figures.factor_figure(arms, metric, key), caption)]
+    )
+
+
+def _left_out(ablation: Ablation) -> Section:
+    text = [f"{_capital(said)}." for said in ablation.unequal]
+    if not ablation.left_out:
+        text.append("No run is missing, failed, or unlike the others of its arm.")
+        return Section("left_out", "Missing, failed, unequal", tuple(text))
+    counts: dict[str, int] = {}
+    for left in ablation.left_out:
+        counts[left.state] = counts.get(left.state, 0) + 1
+    text.append(f"Not averaged over: {', '.join(f'{n} {state}' for state, n in counts.items())}.")
+    table = content.left_out_table(ablation)
+    return Section("left_out", "Missing, failed, unequal", tuple(text), tables=[table])
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def write_figures(report: Report, folder: Path) -> dict[str, str]:
+    """Every figure as PNG and SVG; returns the text of each SVG by its stem."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        for drawing in report.drawings:
+            save_figure(drawing.figure, folder / drawing.stem)
+    return {drawing.stem: (folder / f"{drawing.stem}.svg").read_text() for drawing in report.drawings}
+
+
+def csv_files(report: Report) -> dict[str, str]:
+    """File name -> text."""
+    ablation, comparisons, metric = report.ablation, report.comparisons, report.metric
+    return {
+        "arms.csv": csv_text(content.arms_rows(ablation.arms, metric)),
+        "differences.csv": csv_text(content.differences_rows(comparisons, metric)),
+        "images.csv": csv_text(content.images_rows(comparisons)),
+        "cost.csv": csv_text(content.cost_rows(ablation)),
+        "runs.csv": csv_text(content.runs_rows(ablation)),
+    }
