@@ -1,0 +1,1 @@
+"""Hyper-parameter search: trials are ordinary runs, Optuna says which come next, everything is on disk."""
