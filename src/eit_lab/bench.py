@@ -1,6 +1,7 @@
-"""Measure the data loading of this machine side by side with torchvision's and timm's: ``python -m eit_lab.bench data``.
+"""Benchmarks as commands: ``python -m eit_lab.bench data`` measures loading side by side with torchvision's and timm's.
 
-Nothing is downloaded: the JPEGs are cut from photographs that scikit-learn ships, or that you name.
+Nothing is downloaded: the JPEGs are cut from photographs that scikit-learn ships, or that you name. ``bench scaling`` models and
+simulates training on many GPUs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ Measure what a worker delivers: torchvision, timm and eit_lab in turn, on JPEGs 
 
 Takes about six minutes; let the machine do nothing else. jpegtran is needed, and for one row a C compiler with jpeglib.h.
 Exit status 0 whether the goals are met or not; 2 for wrong input.
+
+  python -m eit_lab.bench scaling --help     what training on many GPUs would take: a model, and a simulation beside it
+  python -m eit_lab.bench sweep --help       what the sweep engine costs: ten thousand jobs that do nothing
 """
+_VERBS = ("data", "scaling", "sweep")
 _DEFAULTS = {
     "images": "2000", "photos": "", "out": "bench-data", "rounds": "5", "seconds": "4", "batch": "128", "cache": "", "fresh": "false",
 }  # fmt: skip
@@ -61,15 +66,32 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, 2 for wrong input."""
-    return command.run(_main, argv, help_text=_HELP)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["scaling"]:
+        from eit_lab.benchmark.scaling.command import HELP
+
+        return command.run(_main, arguments, help_text=HELP)
+    if arguments[:1] == ["sweep"]:
+        from eit_lab.benchmark import engine
+
+        return command.run(_main, arguments, help_text=engine.HELP)
+    return command.run(_main, arguments, help_text=_HELP)
 
 
 def _main(argv: list[str]) -> int:
     from eit_lab.config import ConfigError
     from eit_lab.loading import nearest
 
-    if argv[0] != "data":
-        raise ConfigError(f"bench must be one of data, got {argv[0]!r}{nearest(argv[0], ['data'])}")
+    if argv[0] not in _VERBS:
+        raise ConfigError(f"bench must be one of {', '.join(_VERBS)}, got {argv[0]!r}{nearest(argv[0], _VERBS)}")
+    if argv[0] == "scaling":
+        from eit_lab.benchmark.scaling.command import run
+
+        return run(argv[1:], progress=_progress)
+    if argv[0] == "sweep":
+        from eit_lab.benchmark import engine
+
+        return engine.run(argv[1:])
     options = _options(argv[1:])
     from eit_lab.benchmark.results import summarise
 

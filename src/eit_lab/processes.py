@@ -39,15 +39,24 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 LAUNCH_VARIABLES = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHELASTIC_RUN_ID", COMMAND, PARENT,
+    # of a process that srun started: what it starts itself is a rank of nothing
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
+    "SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS",
 )  # fmt: skip
 
 
 def started_by_launcher() -> bool:
     """Whether this process is one of several that torchrun, Slurm or ``run_ranks`` started for one run."""
-    if "LOCAL_RANK" in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
-        return True
-    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ and not interactive
+    return "LOCAL_RANK" in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or is_slurm_rank()
+
+
+def is_slurm_rank() -> bool:
+    """Whether srun started this process as one of several for one run.
+
+    The shell of sbatch, salloc or ``srun --pty`` is none, whatever number of tasks its allocation is for.
+    """
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+    return several and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def count_ranks(config: Config) -> int:
@@ -68,6 +77,14 @@ def count_ranks(config: Config) -> int:
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. No torch."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return sorted((name for name in found if name.isdigit()), key=int)
 
 
 def _count_gpus(trainer: TrainerConfig) -> int:
@@ -194,7 +211,7 @@ def _last_words(output: Path) -> str:
 
 def _rank_environment(rank: int, *, count: int, port: int, command: Sequence[str]) -> Mapping[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
-    threads = {} if "OMP_NUM_THREADS" in kept else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    threads = {} if "OMP_NUM_THREADS" in kept else {"OMP_NUM_THREADS": str(max(1, count_cores() // count))}
     return {
         **kept,
         **threads,

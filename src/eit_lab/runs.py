@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -258,6 +258,18 @@ def _hold(folder: Path) -> IO[str]:
     return handle
 
 
+def holder(folder: Path) -> str | None:
+    """Who runs the run of a folder at this moment, as far as this machine's file system knows; None: nobody."""
+    try:
+        with (folder / "lock").open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return (folder / "lock").read_text().strip() or "another process"
+    return None
+
+
 def write_manifest(run: Run, config: Config, argv: list[str]) -> None:
     """config.yaml (resolved), versions.json (packages, commit, host), code.diff (what is not committed)."""
     (run.folder / "checkpoints").mkdir(exist_ok=True)
@@ -267,17 +279,22 @@ def write_manifest(run: Run, config: Config, argv: list[str]) -> None:
     write_text(run.folder / "code.diff", diff)
 
 
-def versions() -> dict[str, Any]:
-    """Python, packages and host, as a record of what a result was made with."""
+@cache
+def _packages() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    return found
+
+
+def versions() -> dict[str, Any]:
+    """Python, packages and host, as a record of what a result was made with."""
     return {
         "eit_lab": __version__,
         "code": code_hash(),
         "python": sys.version.split()[0],
-        "packages": found,
+        "packages": dict(_packages()),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -333,26 +350,3 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         raise ConfigError(f"{path} is damaged; move its folder away to start that run anew") from None
     return record
-
-
-def find_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every run in a folder: one run, a folder of runs, or a sweep (whose manifest names its runs).
-
-    What has no readable record is there too, with its status ("damaged", or a sweep's job that is "waiting"): a reader must
-    not take what is left for the whole.
-    """
-    manifest = folder / "sweep.json"
-    if manifest.is_file():
-        jobs = json.loads(manifest.read_text())["jobs"]
-        candidates = [(folder / job["folder"], {"name": job["arm"], **job}) for job in jobs]
-    elif (folder / "record.json").is_file():
-        candidates = [(folder, {"name": folder.name, "seed": "?", "status": "damaged"})]
-    else:
-        found = sorted(path.parent for path in folder.glob("*/record.json"))
-        candidates = [(path, {"name": path.name, "seed": "?", "status": "damaged"}) for path in found]
-    for candidate, stub in candidates:
-        try:
-            record = read_record(candidate)
-        except ConfigError:
-            record = {**stub, "status": "damaged"}
-        yield {**(record or stub), "folder": str(candidate)}

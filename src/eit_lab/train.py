@@ -30,9 +30,9 @@ def _main(argv: list[str]) -> int:
         print(train_help())
         return 0
     if argv[:1] == ["--frozen"]:
-        return _run(_read_frozen(argv), argv, announce=Path(argv[1]).with_suffix(".json"))
+        return _run(_read_frozen(argv), argv, announce=Path(argv[1]).with_suffix(".run.json"))
 
-    from eit_lab.compose import compose_one, compose_points, hand_over_to_hydra, parse_flags
+    from eit_lab.compose import compose_one, hand_over_to_hydra, parse_flags
 
     flags = parse_flags(argv)
     if flags.wants_hydra:
@@ -41,21 +41,25 @@ def _main(argv: list[str]) -> int:
         config = compose_one(flags.overrides, config_name=flags.config_name, config_dirs=flags.config_dirs)
         return _run(config, argv)
 
-    from eit_lab.sweep.launch import launch
+    from eit_lab.sweep.arms import read_sweep
 
-    points, launcher = compose_points(flags.overrides, config_name=flags.config_name, config_dirs=flags.config_dirs)
-    return launch(points, launcher, argv)
+    sweep = read_sweep(flags)
+    from eit_lab.sweep.launch import launch  # after whatever is wrong has been said: it takes a quarter of a second
+
+    return launch(sweep, argv)
 
 
 def _read_frozen(argv: list[str]) -> Config:
     """The config that a sweep froze for this job: no groups, no YAML of today."""
-    from omegaconf import OmegaConf
-
     from eit_lab.config import ConfigError
     from eit_lab.loading import load
 
     if len(argv) != 2 or not Path(argv[1]).is_file():
         raise ConfigError(f"--frozen takes the file of one resolved config, got {' '.join(argv[1:]) or 'nothing'}")
+    if argv[1].endswith(".json"):
+        return load(json.loads(Path(argv[1]).read_text()))
+    from omegaconf import OmegaConf
+
     plain = OmegaConf.to_container(OmegaConf.load(argv[1]))
     assert isinstance(plain, dict)
     return load({str(key): value for key, value in plain.items()})
