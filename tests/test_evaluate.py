@@ -535,7 +535,7 @@ def test_predict_names_classes_in_words_where_they_are_synsets(
     [
         ("nothing.jpg", "nothing.jpg: no such file"),
         (__file__, "cannot be read as an image"),
-        ("size=3", "size must be one of run, checkpoint, model, weights, data.*, trainer.*"),
+        ("size=3", "size must be one of run, checkpoint, model, model.timm_name, weights, data.*, trainer.*"),
         (None, "predict needs an image file"),
     ],
 )

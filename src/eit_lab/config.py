@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, Tag
 from pydantic.dataclasses import dataclass
 
 from eit_lab.schedule import LayerSplit, layer_splits
+from eit_lab.timm_names import check_timm_name
 
 
 class ConfigError(ValueError):
@@ -65,7 +67,12 @@ class IBConfig:
     )
     strength: Share = _opt(1.0, "scales the rule's convolution channels: 1 as published, 0 the plain ViT")
     kernel_size: PosInt = _opt(3, "side of the convolution kernel in tokens, odd")
-    conv: Literal["depthwise"] = _opt("depthwise", "kind of convolution in the convolution branch")
+    conv: Literal["depthwise", "lightweight", "dynamic"] = _opt(
+        "depthwise",
+        "kernels: free ones, one a channel; shared in a head, softmax-normalised; these, predicted by each token",
+    )
+    glu: Flag = _opt(False, "gate the linear layer before the convolution; with conv=lightweight or dynamic")
+    weight_dropout: BelowOne = _opt(0.0, "share of kernel taps dropped in training; with conv=lightweight or dynamic")
     attn_dims: tuple[NonNegInt, ...] | None = _opt(None, "attention channels per layer, for rule=custom only")
 
     def __post_init__(self) -> None:
@@ -74,6 +81,11 @@ class IBConfig:
                 f"model.ib.kernel_size must be odd, so that the token grid keeps its size, got {self.kernel_size}; "
                 f"nearest: {self.kernel_size + 1}"
             )
+        for key in ("glu", "weight_dropout"):
+            if self.conv == "depthwise" and (value := getattr(self, key)):
+                raise ValueError(
+                    f"model.ib.{key} belongs to model.ib.conv=lightweight or dynamic, got {value!r} with conv 'depthwise'"
+                )
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
@@ -108,6 +120,7 @@ _STEM_BY_IMAGE_PX = ((96, 12, 16, 4, 3), (24, 4, 8, 2, 2), (1, 2, 4, 1, 2))
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class ModelConfig:
+    kind: Literal["backbone"] = _opt("backbone", "our backbone: ViT, LSRA, EIT")
     name: Text = _req("the arm's label in tables and figures")
     size: SizeConfig = _req("width, depth, heads (group model/size)")
     ib: IBConfig = _req("inductive bias (group model/ib)")
@@ -148,6 +161,38 @@ class ModelConfig:
                     f"nearest: {maps}"
                 )
         return dataclasses.replace(self, stem=stem)
+
+
+@dataclass(config=_CHECKED, frozen=True, kw_only=True)
+class TimmConfig:
+    kind: Literal["timm"] = _req("an architecture of timm as a baseline, its weights drawn anew")
+    timm_name: Text = _req(
+        "architecture by timm's name, e.g. resnet50; without a tag of trained weights: none are loaded"
+    )
+    name: Text = _req("the arm's label in tables and figures")
+    drop_path_rate: BelowOne = _opt(
+        0.0, "stochastic depth, where the architecture has it; timm's own default does not count"
+    )
+
+    def __post_init__(self) -> None:
+        check_timm_name(self.timm_name)
+
+    def for_images(self, img_size: ImageSize) -> TimmConfig:
+        """Itself: nothing of it follows from the image size."""
+        return self
+
+
+AnyModelConfig: TypeAlias = ModelConfig | TimmConfig
+
+
+def _kind_of_model(given: Any) -> str:
+    """The tag of a model, "backbone" where none is given: configs of runs from before there was another kind have none."""
+    return str(given.get("kind", "backbone") if isinstance(given, Mapping) else getattr(given, "kind", "backbone"))
+
+
+CheckedModel: TypeAlias = Annotated[
+    Annotated[ModelConfig, Tag("backbone")] | Annotated[TimmConfig, Tag("timm")], Discriminator(_kind_of_model)
+]
 
 
 def as_hw(img_size: ImageSize) -> tuple[int, int]:
@@ -387,7 +432,8 @@ LoggerConfig: TypeAlias = NoLogger | WandbLogger
 class RunConfig:
     root: Text = _opt("runs", "folder that holds the run folders; relative to where the command is typed")
     overwrite: Flag = _opt(False, "start anew: the earlier run of the same identity is moved aside")
-    sweep: Text | None = _opt(None, "the sweep this run belongs to; set by -m")
+    sweep: Text | None = _opt(None, "the sweep this run belongs to, a plain file name; null: -m gives it one")
+    arm: Text | None = _opt(None, "the arm this run belongs to, its label in tables; set by -m")
     show: Literal["schedule", "batches"] | None = _opt(None, "draw this and stop; set by debug=schedule, debug=batches")
 
 
@@ -398,7 +444,7 @@ class Config:
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = _opt(0, "seed of the weights, the order and the augmentation")
     checkpoint: Text | None = _opt(None, "start from these weights: a run folder, or a file of ours, the authors, timm")
     checkpoint_weights: Literal["raw", "ema"] = _opt("raw", "which weights of the checkpoint")
-    model: ModelConfig = _req("what is trained")
+    model: CheckedModel = _req("what is trained")
     data: Annotated[DataConfig, Field(discriminator="kind")] = _req("on which images")
     recipe: RecipeConfig = _opt(RecipeConfig(), "how")
     trainer: TrainerConfig = _opt(TrainerConfig(), "where, and for how long; passed on to Lightning")

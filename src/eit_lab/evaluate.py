@@ -30,7 +30,8 @@ Test trained weights: a run on its own test set, compared with its record, or on
   run         folder of a run (python -m eit_lab.train prints it)
   checkpoint  best: best validation accuracy; last: the end of training; epoch-0007; a file;     [recipe.select of the run]
               epochs: all epochs that were kept; a,b,c: the mean of their weights, in float64
-  model       name of a model, for a file that belongs to no run (the authors', timm's)
+  model       name of a model, for a file that belongs to no run (the authors', timm's); timm, with model.timm_name=NAME, is an
+              architecture of timm
   weights     raw, or ema: the averaged ones                                [raw; both where the record has both]
   part        test, or val: the held-out slice of train                                                          [test]
   data        folder of images, known by its layout: one folder a class (the run's class names, WordNet ids, or
@@ -109,7 +110,7 @@ def _num_classes(trained: Trained) -> int:
         return trained.num_classes
     from eit_lab.models.checkpoints import count_classes
 
-    return count_classes(trained.files)
+    return count_classes(trained.files, trained.config.model)
 
 
 # ---------------------------------------------------------------------------------------------------------- its own data

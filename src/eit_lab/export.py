@@ -23,7 +23,7 @@ from eit_lab import command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eit_lab.models.backbone import Backbone
+    from eit_lab.models.image_model import ImageModel
     from eit_lab.trained import Trained
 
     Logits = Callable[[Tensor], Tensor]
@@ -78,6 +78,7 @@ def _export(trained: Trained, kind: str, path: Path) -> int:
     import torch
     from safetensors import SafetensorError
 
+    from eit_lab.config import ConfigError, TimmConfig, as_hw
     from eit_lab.models.checkpoints import load_backbone
 
     data = trained.config.data
@@ -99,11 +100,20 @@ def _export(trained: Trained, kind: str, path: Path) -> int:
     }[kind]
     generator, checks = torch.Generator().manual_seed(0), []
     try:
-        write(model, part, told)
+        try:
+            write(model, part, told)
+        except Exception as error:
+            if isinstance(error, OSError | SafetensorError) or not isinstance(trained.config.model, TimmConfig):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"format={kind} cannot hold model.timm_name={trained.config.model.timm_name}, which torch cannot trace for "
+                f"any batch size ({reason}); nearest: format=safetensors"
+            ) from None
         logits = read_back(part)
         worst = allowed = 0.0
         for batch in _CHECKED_BATCHES:
-            images = torch.randn((batch, model.in_chans, *model.img_size), generator=generator)
+            images = torch.randn((batch, data.in_chans, *as_hw(data.img_size)), generator=generator)
             with torch.inference_mode():
                 wanted = model(images)
             worst = (logits(images) - wanted).abs().max().item()
@@ -129,7 +139,7 @@ def _export(trained: Trained, kind: str, path: Path) -> int:
     return 0
 
 
-def _metadata(trained: Trained, model: Backbone) -> dict[str, Any]:
+def _metadata(trained: Trained, model: ImageModel) -> dict[str, Any]:
     """What a file says of itself; finetune.read_metadata reads it again."""
     from eit_lab.config import ImageNetData
     from eit_lab.loading import dump
@@ -155,17 +165,19 @@ def _metadata(trained: Trained, model: Backbone) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- formats
 
 
-def _write_torch(model: Backbone, path: Path, told: dict[str, Any]) -> None:
+def _write_torch(model: ImageModel, path: Path, told: dict[str, Any]) -> None:
     import torch
 
-    torch.export.save(_program(model), path, extra_files={"eit_lab.json": json.dumps(told)})
+    torch.export.save(_program(model, told), path, extra_files={"eit_lab.json": json.dumps(told)})
 
 
-def _program(model: Backbone) -> Any:
+def _program(model: ImageModel, told: dict[str, Any]) -> Any:
     """The model as a graph for any batch size."""
     import torch
 
-    example = torch.zeros((2, model.in_chans, *model.img_size))  # 2: an example of 1 would fix the batch at 1
+    size = told["img_size"]
+    hw = (size, size) if isinstance(size, int) else size
+    example = torch.zeros((2, told["in_chans"], *hw))  # 2: an example of 1 would fix the batch at 1
     return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
@@ -182,14 +194,14 @@ def _read_torch(path: Path) -> Logits:
     return logits
 
 
-def _write_onnx(model: Backbone, path: Path, told: dict[str, Any]) -> None:
+def _write_onnx(model: ImageModel, path: Path, told: dict[str, Any]) -> None:
     import onnx
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own packages
         written = torch.onnx.export(
-            _program(model),
+            _program(model, told),
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
@@ -211,7 +223,7 @@ def _read_onnx(path: Path) -> Logits:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_safetensors(model: Backbone, path: Path, told: dict[str, Any]) -> None:
+def _write_safetensors(model: ImageModel, path: Path, told: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     from eit_lab.finetune import METADATA_KEY

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from eit_lab.config import Config, ConfigError, ModelConfig
+from eit_lab.config import AnyModelConfig, CheckedModel, Config, ConfigError
 
-_UNION_KEYS = ("model.stem", "data", "logger")
-_LOADERS = {cls: TypeAdapter(cls) for cls in (ModelConfig, Config)}
+_UNION_KEYS = ("model", "model.stem", "data", "logger")
 
 
 def load(plain: Mapping[str, Any]) -> Config:
@@ -28,15 +28,25 @@ def load(plain: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, model=config.model.for_images(config.data.img_size))
 
 
-def load_model(plain: Mapping[str, Any]) -> ModelConfig:
-    """The typed ModelConfig of a composed mapping of the model group alone."""
-    model: ModelConfig = _validate(ModelConfig, plain, prefix="model.")
+def load_model(plain: Mapping[str, Any]) -> AnyModelConfig:
+    """The typed model config, of either kind, of a composed mapping of the model group alone."""
+    model: AnyModelConfig = _validate(CheckedModel, plain, prefix="model.")
     return model
+
+
+def load_part(cls: Any, plain: Mapping[str, Any], *, prefix: str) -> Any:
+    """An object of any of our checked dataclasses; ``prefix`` is its dotted key with a dot at the end."""
+    return _validate(cls, plain, prefix=prefix)
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _validate(cls: Any, plain: Mapping[str, Any], *, prefix: str) -> Any:
     try:
-        return _LOADERS[cls].validate_python(dict(plain))
+        return _adapter(cls).validate_python(dict(plain))
     except ValidationError as error:
         raise ConfigError(_one_line(error.errors(), cls, prefix)) from None
 

@@ -23,7 +23,7 @@ from eit_lab.loading import load, nearest, unknown_key
 from eit_lab.runs import PLACEMENT, read_record
 
 _NAMED = ("best", "last", "previous")
-_OF_WEIGHTS = {"run": None, "checkpoint": None, "model": None, "weights": ("raw", "ema")}
+_OF_WEIGHTS = {"run": None, "checkpoint": None, "model": None, "model.timm_name": None, "weights": ("raw", "ema")}
 # What is tested or exported gives the same on any device, so where it was trained says nothing about where it is tested.
 _ANY_PLACE = ("trainer.devices=auto", "trainer.num_nodes=1", "trainer.strategy=auto")
 CLASSES_FILE = "classes.json"
@@ -112,8 +112,9 @@ def find(words: Words, *, command: str) -> Trained:
     options = words.options
     weights: Literal["raw", "ema"] = "ema" if options.get("weights") == "ema" else "raw"
     if "run" in options:
-        if "model" in options:
-            raise ConfigError(f"model is the run's own with run=..., got {options['model']!r}; leave it out")
+        for key in ("model", "model.timm_name"):
+            if key in options:
+                raise ConfigError(f"{key} is the run's own with run=..., got {options[key]!r}; leave it out")
         return _of_run(Path(options["run"]).expanduser(), options.get("checkpoint"), weights, words.overrides)
     if options.get("checkpoint", "best") in (*_NAMED, "epochs"):
         raise ConfigError(f"run must be given: {command} run=FOLDER, or checkpoint=FILE model=NAME")
@@ -121,7 +122,8 @@ def find(words: Words, *, command: str) -> Trained:
     run = run_folder_of(files[0])
     if run is not None and "model" not in options:
         return _of_run(run, options["checkpoint"], weights, words.overrides)
-    return _of_file(files, options.get("model"), weights, words.overrides, command=command)
+    model = [f"{key}={options[key]}" for key in ("model", "model.timm_name") if key in options]
+    return _of_file(files, model, weights, words.overrides, command=command)
 
 
 def _of_run(run: Path, checkpoint: str | None, weights: Literal["raw", "ema"], overrides: Sequence[str]) -> Trained:
@@ -145,13 +147,13 @@ def _of_run(run: Path, checkpoint: str | None, weights: Literal["raw", "ema"], o
 
 def _of_file(
     files: tuple[Path, ...],
-    model: str | None,
+    model: Sequence[str],
     weights: Literal["raw", "ema"],
     overrides: Sequence[str],
     *,
     command: str,
 ) -> Trained:
-    if model is None and origin_of(files[0]) is None:
+    if not model and origin_of(files[0]) is None:
         raise ConfigError(
             f"model must be given with a file that does not tell it: {command} checkpoint=FILE model=eit_base ..."
         )
@@ -166,7 +168,7 @@ def _of_file(
     path = str(files[0]).replace("\\", "\\\\").replace("'", "\\'")
     config = compose_one(
         [
-            *([f"model={model}"] if model else []), f"checkpoint='{path}'", "data=imagenet", "logger=none",
+            *model, f"checkpoint='{path}'", "data=imagenet", "logger=none",
             *preset, *map(_as_many_devices, overrides),
         ]
     )  # fmt: skip

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from eit_lab.config import ImageSize, ModelConfig, as_hw
+from eit_lab.config import IBConfig, ImageSize, ModelConfig, as_hw
+from eit_lab.models.convolutions import LightweightConv
+from eit_lab.models.image_model import ImageModel
 from eit_lab.models.mixers import SplitMixer
 from eit_lab.models.stem import build_stem, token_grid
 from eit_lab.schedule import LayerSplit
@@ -37,13 +39,11 @@ class Mlp(nn.Sequential):
 class Block(nn.Module):
     """Pre-norm transformer block: x + mixer(norm x), then x + mlp(norm x)."""
 
-    def __init__(
-        self, split: LayerSplit, *, num_heads: int, mlp_ratio: float, kernel_size: int, drop_path: float
-    ) -> None:
+    def __init__(self, split: LayerSplit, *, num_heads: int, mlp_ratio: float, ib: IBConfig, drop_path: float) -> None:
         super().__init__()
         dim = sum(split)
         self.norm1 = Norm(dim)
-        self.mixer = SplitMixer(split, num_heads=num_heads, kernel_size=kernel_size)
+        self.mixer = SplitMixer(split, num_heads=num_heads, ib=ib)
         self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio))
         self.drop_path = drop_path
@@ -54,7 +54,7 @@ class Block(nn.Module):
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
 
 
-class Backbone(nn.Module):
+class Backbone(ImageModel):
     """The whole model, with timm's manners: forward_features, forward_head, num_features, reset_classifier.
 
     ``img_size`` in px fixes the size of a learned position embedding; without one any image size goes through.
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
                 split,
                 num_heads=size.num_heads,
                 mlp_ratio=size.mlp_ratio,
-                kernel_size=config.ib.kernel_size,
+                ib=config.ib,
                 drop_path=drop_path[layer],
             )
             for layer, split in enumerate(config.layer_splits())
@@ -150,11 +150,14 @@ class Backbone(nn.Module):
 def _init_layer(layer: nn.Module) -> None:
     if isinstance(layer, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     elif isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out")
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    elif isinstance(layer, LightweightConv):
+        layer.reset_parameters()
 
 
 def sincos_position(

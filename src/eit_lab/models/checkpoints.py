@@ -1,10 +1,11 @@
-"""Weights from files: this project's checkpoints, the authors' (arXiv:2203.07116), and timm's names for plain ViTs.
+"""Weights from files: this project's checkpoints, the authors' (arXiv:2203.07116), timm's names for plain ViTs; and timm's own
+for its architectures.
 
 No file is unpickled freely: torch.load runs with weights_only=True and one safe global, the argparse.Namespace that the
 authors' files carry. The format is told by its keys, never by the file's name.
 
-A learned position embedding of another token grid is interpolated, bicubic and antialiased, its CLS row kept
-(arXiv:2010.11929, section 3.2). Several files are one model: the mean of their weights in float64 (arXiv:1803.05407).
+Position embeddings of another image size are made to fit (positions.py). Several files are one model: the mean of their
+weights in float64 (arXiv:1803.05407).
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from eit_lab.config import ConfigError, ImageSize, ModelConfig, as_hw
+from eit_lab.config import AnyModelConfig, ConfigError, ImageSize, ModelConfig, TimmConfig, as_hw
 from eit_lab.finetune import origin_of, resolve
 from eit_lab.loading import load_model
 from eit_lab.models.backbone import Backbone
+from eit_lab.models.build import build_model
+from eit_lab.models.image_model import ImageModel
+from eit_lab.models.positions import Fitted, fit_backbone, fit_timm
+from eit_lab.models.positions import resize_position as resize_position
 from eit_lab.models.stem import build_stem, token_grid
 
 Weights: TypeAlias = Literal["raw", "ema"]
 Files: TypeAlias = str | Path | Sequence[str | Path]
 
-_MODULE_PREFIX = "model."  # of the backbone inside this project's LightningModule
-_HEAD = ("head.weight", "head.bias")
+_MODULE_PREFIX = "model."  # of the model inside this project's LightningModule
 # (pattern of the other side's key, our key). Keys not named here are the same on both sides.
 _AUTHORS = (
     (r"^patch_embed\.eit_p\.conv\.", "stem.conv."),
@@ -49,77 +52,90 @@ class CheckpointError(ConfigError):
 # ---------------------------------------------------------------------------------------------------------- into a model
 
 
-def load_weights(model: Backbone, path: Files, *, weights: Weights = "raw") -> str:
-    """Fill a Backbone from a checkpoint file, or with the mean of several; every weight of the model must be there.
+def load_weights(model: ImageModel, path: Files, *, weights: Weights = "raw") -> str:
+    """Fill a model from a checkpoint file, or with the mean of several; every weight of the model must be there.
 
     A position embedding of another grid is interpolated; all other shapes must be the model's. Returns the format found:
     "eit_lab", "authors" or "timm". Raises CheckpointError, and leaves the model as it was.
     """
-    state, found, where = _read(path, weights=weights)
-    state, _ = _fit_position(state, model, grid=_grid_of(where[0]))
+    state, found, where = _read(path, weights=weights, ours=isinstance(model, Backbone))
+    state, _ = _fit_positions(state, model, file=where[0])
     _refuse_mismatch(model, state, ", ".join(map(str, where)), found)
     model.load_state_dict(state)
     return found
 
 
-def start_from(model: Backbone, path: str | Path, *, weights: Weights = "raw") -> list[str]:
-    """Fill a Backbone for fine-tuning, from a run folder or a file; returns what a summary should say of it.
+def start_from(model: ImageModel, path: str | Path, *, weights: Weights = "raw") -> list[str]:
+    """Fill a model for fine-tuning, from a run folder or a file; returns what a summary should say of it.
 
     A classifier with another number of classes stays as the model was initialised; see ``adapt``.
     """
     file = resolve(path)
-    state, found, _ = _read(file, weights=weights)
-    adapted, notes = adapt(state, model, grid=_grid_of(file), source=f"{file} ({found} format)")
+    state, found, _ = _read(file, weights=weights, ours=isinstance(model, Backbone))
+    adapted, notes = adapt(state, model, file=file, source=f"{file} ({found} format)")
     model.load_state_dict(adapted)
     return [f"{'averaged (EMA)' if weights == 'ema' else 'raw'} weights of {file} ({found} format)", *notes]
 
 
 def load_backbone(
-    config: ModelConfig,
+    config: AnyModelConfig,
     path: Files,
     *,
     img_size: ImageSize,
     in_chans: int = 3,
     num_classes: int | None = None,
     weights: Weights = "raw",
-) -> Backbone:
-    """A Backbone of a checkpoint's weights, in evaluation mode; ``num_classes`` null: as many as the file's classifier has."""
+) -> ImageModel:
+    """A model of a checkpoint's weights, in evaluation mode; ``num_classes`` null: as many as the file's classifier has."""
     if num_classes is None:
-        num_classes = count_classes(path)
-    model = Backbone(config, num_classes=num_classes, img_size=img_size, in_chans=in_chans)
+        num_classes = count_classes(path, config)
+    model = build_model(config, num_classes=num_classes, img_size=img_size, in_chans=in_chans)
     load_weights(model, path, weights=weights)
     return model.eval()
 
 
-def count_classes(path: Files) -> int:
-    """Rows of the classifier in a checkpoint file, or in the first of several."""
-    state, _, where = _read(_as_paths(path)[0], weights="raw")
-    if "head.weight" not in state:
-        raise CheckpointError(f"checkpoint: {where[0]} has no classifier (head.weight)")
-    return len(state["head.weight"])
+def count_classes(path: Files, config: AnyModelConfig) -> int:
+    """Rows of the configured model's classifier in a checkpoint file, or in the first of several."""
+    state, _, where = _read(_as_paths(path)[0], weights="raw", ours=isinstance(config, ModelConfig))
+    weight = f"{_classifiers(config)[0]}.weight"
+    if weight not in state:
+        raise CheckpointError(f"checkpoint: {where[0]} has no classifier ({weight})")
+    return len(state[weight])
+
+
+def _classifiers(model: AnyModelConfig | ImageModel) -> tuple[str, ...]:
+    """The submodules of a model, or of what a config describes, that have an output for each class."""
+    if isinstance(model, Backbone | ModelConfig):
+        return ("head",)
+    from eit_lab.models.baselines import classifier_names
+
+    return classifier_names(model.timm_name if isinstance(model, TimmConfig) else model)
 
 
 def adapt(
-    state: Mapping[str, Tensor], model: Backbone, *, grid: tuple[int, int] | None = None, source: str = "the file"
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(weights that fit the model, what became of them) for a state dict under our names.
+    state: Mapping[str, Tensor], model: ImageModel, *, file: Path | None = None, source: str = "the file"
+) -> Fitted:
+    """(weights that fit the model, what became of them) for a state dict under the model's names.
 
-    A classifier with another number of classes is taken from the model as it is; a position embedding of another token grid
-    is interpolated. ``grid`` is the (h, w) it was made for, where that is known; else it must be square. Raises
+    A classifier with another number of classes is taken from the model as it is; a position embedding of another image size
+    is made to fit. What ``file`` was trained at is asked where it tells; else it must have been square. Raises
     CheckpointError with keys and shapes for anything else that does not fit.
     """
     adapted, notes = dict(state), []
-    old = len(state["head.weight"]) if "head.weight" in state else 0
+    names = _classifiers(model)
+    weight = f"{names[0]}.weight"
+    old = len(state[weight]) if weight in state else 0
     if old != model.num_classes:
         own = model.state_dict()
-        for key in _HEAD:
+        heads = [key for key in {**own, **state} if key.startswith(tuple(f"{name}." for name in names))]
+        for key in heads:
             adapted.pop(key, None)
             if key in own:
                 adapted[key] = own[key]
-        notes.append(f"classifier anew: {old} -> {model.num_classes} classes ({', '.join(_HEAD)})")
+        notes.append(f"classifier anew: {old} -> {model.num_classes} classes ({', '.join(heads)})")
     else:
         notes.append(f"classifier kept: {old} classes")
-    adapted, resized = _fit_position(adapted, model, grid=grid)
+    adapted, resized = _fit_positions(adapted, model, file=file)
     _refuse_mismatch(model, adapted, source)
     return adapted, notes + resized
 
@@ -151,47 +167,28 @@ def average(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {key: mean(key) for key in first}
 
 
-def resize_position(table: Tensor, *, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """A position embedding (1, 1 + h w, D) on another token grid; the CLS row and an equal grid stay to the last bit."""
-    if grid == to:
-        return table
-    image = table[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, h, w)
-    resized = F.interpolate(image.float(), size=to, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([table[:, :1], resized.to(table.dtype).permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+def _fit_positions(state: Mapping[str, Tensor], model: ImageModel, *, file: Path | None) -> Fitted:
+    """Position embeddings made to fit; what they were made for is asked of the file's run folder or metadata."""
+    origin = origin_of(file) if file is not None else None
+    img_hw: tuple[int, int] | None = None
+    if origin is not None:
+        size = origin.img_size
+        img_hw = as_hw(size if isinstance(size, int) else (size[0], size[1]))
+    if not isinstance(model, Backbone):
+        return fit_timm(state, model, img_hw=img_hw)
+    grid = None
+    if origin is not None and img_hw is not None:
+        config = load_model(origin.model)
+        grid = _grid_of(config, img_hw, in_chans=origin.in_chans) if isinstance(config, ModelConfig) else None
+    return fit_backbone(state, model, grid=grid)
 
 
-def _fit_position(
-    state: Mapping[str, Tensor], model: Backbone, *, grid: tuple[int, int] | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    fitted = dict(state)
-    table, own = state.get("pos_embed"), model.pos_embed
-    if own is None or table is None or table.ndim != 3 or table.shape[-1] != own.shape[-1]:
-        return fitted, []
-    num_tokens = table.shape[1] - 1
-    if grid is None or grid[0] * grid[1] != num_tokens:
-        side = round(num_tokens**0.5)
-        if table.shape == own.shape:
-            grid = model.grid
-        elif side * side == num_tokens:
-            grid = (side, side)
-        else:
-            return fitted, []  # no telling how its tokens lie: a mismatch
-    if grid == model.grid:
-        return fitted, []
-    fitted["pos_embed"] = resize_position(table, grid=grid, to=model.grid)
-    return fitted, [f"position embedding {grid[0]}x{grid[1]} -> {model.grid[0]}x{model.grid[1]}"]
-
-
-def _grid_of(path: Path) -> tuple[int, int] | None:
-    """(h, w) of the tokens that a checkpoint was trained with, where its run folder or its metadata tell; else None."""
-    origin = origin_of(path)
-    if origin is None:
-        return None
-    img_size = origin.img_size if isinstance(origin.img_size, int) else (origin.img_size[0], origin.img_size[1])
-    config = load_model(origin.model).for_images(img_size)
+def _grid_of(config: ModelConfig, img_hw: tuple[int, int], *, in_chans: int) -> tuple[int, int]:
+    """(h, w) of the tokens that a configured model makes of images."""
+    config = config.for_images(img_hw)
     with torch.device("meta"):
-        stem = build_stem(config.stem, embed_dim=config.size.embed_dim, in_chans=origin.in_chans)
-    return token_grid(stem, as_hw(img_size), in_chans=origin.in_chans)
+        stem = build_stem(config.stem, embed_dim=config.size.embed_dim, in_chans=in_chans)
+    return token_grid(stem, img_hw, in_chans=in_chans)
 
 
 # ------------------------------------------------------------------------------------------------------------ from a file
@@ -201,10 +198,11 @@ def _as_paths(path: Files) -> list[Path]:
     return [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
 
 
-def _read(path: Files, *, weights: Weights) -> tuple[dict[str, Tensor], str, list[Path]]:
-    """(tensors under our names, format found, files) of one file, or the mean of several."""
+def _read(path: Files, *, weights: Weights, ours: bool) -> tuple[dict[str, Tensor], str, list[Path]]:
+    """(tensors under our names or timm's, format found, files) of one file, or the mean of several."""
     paths = _as_paths(path)
-    states, formats = zip(*(to_our_names(read_state_dict(one, weights=weights)) for one in paths), strict=True)
+    renamed = to_our_names if ours else to_timm_names
+    states, formats = zip(*(renamed(read_state_dict(one, weights=weights)) for one in paths), strict=True)
     return states[0] if len(states) == 1 else average(states), formats[0], paths
 
 
@@ -254,16 +252,28 @@ def _read_content(path: Path) -> Mapping[str, Any]:
 
 def to_our_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The same tensors under this project's names, and which format they came in."""
-    # n_averaged: the count that torch's and torchvision's averaged models keep beside the weights.
-    state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
-    if any(key.startswith(_MODULE_PREFIX) for key in state):
-        ours = {k.removeprefix(_MODULE_PREFIX): v for k, v in state.items() if k.startswith(_MODULE_PREFIX)}
-        return ours, "eit_lab"
+    state, is_ours = _unwrapped(state)
+    if is_ours:
+        return state, "eit_lab"
     if any(key.startswith("patch_embed.eit_p.") for key in state):
         return {_rename(key, _AUTHORS): value for key, value in state.items()}, "authors"
     if any(key.startswith("patch_embed.") for key in state):
         return {_rename(key, _TIMM): value for key, value in state.items()}, "timm"
     return dict(state), "eit_lab"
+
+
+def to_timm_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The same for an architecture of timm, whose names are kept: only what a training wraps around them goes."""
+    state, is_ours = _unwrapped(state)
+    return state, "eit_lab" if is_ours else "timm"
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Without the names of wrapping modules, and whether our own training wrapped them."""
+    # n_averaged: the count that torch's and torchvision's averaged models keep beside the weights.
+    state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
+    ours = {k.removeprefix(_MODULE_PREFIX): v for k, v in state.items() if k.startswith(_MODULE_PREFIX)}
+    return (ours, True) if ours else (dict(state), False)
 
 
 def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
@@ -272,7 +282,7 @@ def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def _refuse_mismatch(model: Backbone, state: Mapping[str, Tensor], source: str, found: str = "") -> None:
+def _refuse_mismatch(model: ImageModel, state: Mapping[str, Tensor], source: str, found: str = "") -> None:
     wanted = model.state_dict()
     missing = [f"  missing in the file: {key} {tuple(wanted[key].shape)}" for key in wanted if key not in state]
     unknown = [f"  not in the model: {key} {tuple(state[key].shape)}" for key in state if key not in wanted]

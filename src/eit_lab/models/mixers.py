@@ -1,8 +1,9 @@
-"""Token mixing: attention, convolution, and the split of the channels between them.
+"""Token mixing: attention, convolution (convolutions.py), and the split of the channels between them.
 
 Sources: the split mixer of EIT (arXiv:2203.07116): the FIRST conv_dim channels through a depthwise convolution on the token
 grid, the LAST attn_dim through multi-head self-attention, concatenated. LSRA (arXiv:2004.11886) is the same split, constant
-over the layers. With conv_dim = 0 it is the plain ViT's attention, the same operations to the last bit.
+over the layers, with either kind of convolution branch. With conv_dim = 0 it is the plain ViT's attention, the same
+operations to the last bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eit_lab.config import IBConfig
+from eit_lab.models.convolutions import build_convolution
 from eit_lab.schedule import LayerSplit
 
 # Up to so many tokens the product written out beats the fused kernel on CPU, forwards and with its backward:
@@ -50,29 +53,13 @@ class SelfAttention(nn.Module):
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, a))
 
 
-class GridConv(nn.Module):
-    """Depthwise k x k convolution of tokens on their grid, stride 1, no bias. The CLS row passes unchanged."""
-
-    def __init__(self, dim: int, *, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, 1 + h w, c) -> (B, 1 + h w, c)."""
-        # The tokens are already an image in channels-last order: unflatten and permute are views, and the
-        # convolution reads its slice of the channels once.
-        image = x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, c, h, w)
-        tokens = self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
-        return torch.cat([x[:, :1], tokens], dim=1)
-
-
 class SplitMixer(nn.Module):
     """The first ``conv_dim`` channels through the convolution, the last ``attn_dim`` through attention, concatenated."""
 
-    def __init__(self, split: LayerSplit, *, num_heads: int, kernel_size: int) -> None:
+    def __init__(self, split: LayerSplit, *, num_heads: int, ib: IBConfig) -> None:
         super().__init__()
         self.split = split
-        self.conv = GridConv(split.conv_dim, kernel_size=kernel_size) if split.conv_dim else None
+        self.conv = build_convolution(ib, dim=split.conv_dim, num_heads=num_heads) if split.conv_dim else None
         self.attn = SelfAttention(split.attn_dim, num_heads=num_heads) if split.attn_dim else None
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -16,9 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eit_lab import published
 from eit_lab.plan import Plan
 from eit_lab.runs import write_record
+from eit_lab.training.energy import NOT_READ, Energy
 from eit_lab.training.module import Classifier
 from eit_lab.training.ranks import Ranks
+from eit_lab.units import duration
 
+_TIMES = ("seconds", "steps", "training_seconds", "device_hours", "restarts")  # of the clock, in a checkpoint
 _WARMUP_STEPS = 3  # not timed: allocation, first touches, compilation
 
 # Dense peak of half precision with float32 accumulation, in 1e12 floating-point operations per second, from the makers' data
@@ -42,13 +45,15 @@ def progress_of(trainer: Trainer, plan: Plan) -> dict[str, int]:
 
 
 class Clock(Callback):
-    """Time spent on training, validation and checkpoints left out; it goes on where it was when a run resumes."""
+    """Time and energy spent on training; it goes on where it was when a run resumes."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, *, energy: Energy | None = None) -> None:
+        self.plan, self.energy = plan, energy
         self.seconds = 0.0
-        """Of timed steps, over the whole run."""
+        """Of timed steps, over the whole run; the first steps of a part, validation and checkpoints left out."""
         self.steps = 0
+        self.training_seconds = 0.0
+        """Of all training, the first steps too; validation and checkpoints left out."""
         self.device_hours = 0.0
         """Of everything between start and end of training, on all devices."""
         self.restarts = 0
@@ -56,6 +61,13 @@ class Clock(Callback):
         self._last_step = 0
         self._first_step = 0
         self._began = 0.0
+        self._since: float | None = None  # from when on training_seconds are still to be added
+
+    @property
+    def hours(self) -> float:
+        """Hours of training so far, over all parts of the run, validation and checkpoints left out."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return (self.training_seconds + running) / 3600
 
     @property
     def img_per_s(self) -> float | None:
@@ -71,25 +83,43 @@ class Clock(Callback):
         """What was spent between two steps on something else, such as a checkpoint."""
         if self._last is not None:
             self._last += seconds
+        if self._since is not None:
+            self._since += seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock so far."""
+        """The clock so far. All ranks must call: energy is added up over them."""
         self._charge()
-        return {key: getattr(self, key) for key in ("seconds", "steps", "device_hours", "restarts")}
+        self._count_training(go_on=self._since is not None)
+        times = {key: getattr(self, key) for key in _TIMES}
+        return times if self.energy is None else {**times, "energy": self.energy.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's clock."""
-        for key, value in state_dict.items():
-            setattr(self, key, value)
+        for key in _TIMES:
+            setattr(self, key, state_dict[key])
+        if self.energy is not None:
+            self.energy.load(state_dict["energy"])
         self.restarts += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start."""
         self._began, self._first_step = time.monotonic(), trainer.global_step
+        if self.energy is not None:
+            self.energy.start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop."""
         self._charge()
+        self._began = 0.0
+        self._count_training(go_on=False)
+        if self.energy is not None:
+            self.energy.stop()
+
+    def _count_training(self, *, go_on: bool) -> None:
+        now = time.perf_counter()
+        if self._since is not None:
+            self.training_seconds += now - self._since
+        self._since = now if go_on else None
 
     def _charge(self) -> None:
         if self._began:
@@ -100,9 +130,17 @@ class Clock(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What lies between two epochs does not count."""
         self._last, self._last_step = None, trainer.global_step
+        self._count_training(go_on=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """In the middle of an epoch, training that goes on."""
+        if self._since is None:
+            self._count_training(go_on=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Add the time since the last optimizer step ended."""
+        if self.energy is not None:
+            self.energy.keep_up()
         if trainer.global_step == self._last_step:
             return
         now = time.perf_counter()
@@ -114,6 +152,16 @@ class Clock(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._last = None
+        self._count_training(go_on=False)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Keep up with the energy."""
+        if self.energy is not None:
+            self.energy.keep_up()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch without a validation ends here."""
+        self._count_training(go_on=False)
 
 
 class StepLog(Callback):
@@ -143,6 +191,7 @@ class StepLog(Callback):
             "train/loss": facts.loss,
             "optim/lr": facts.lr,
             "optim/grad_norm": facts.grad_norm,
+            "perf/hours": self.clock.hours,
             **progress_of(trainer, self.plan),
         }
         if speed := self.clock.img_per_s:
@@ -195,17 +244,22 @@ class RecordKeeper(Callback):
             **metrics,
         }
         self.note_clock()
+        costs = {"perf/hours": self.record["hours"], "perf/energy_wh": self.record["energy_wh"]}
+        known = {name: value for name, value in costs.items() if value is not None}
         for logger in trainer.loggers:
-            row = {**metrics, "epoch": now["epoch"], "images": self.plan.images(trainer.global_step)}
+            row = {**metrics, **known, "epoch": now["epoch"], "images": self.plan.images(trainer.global_step)}
             logger.log_metrics(row, step=trainer.global_step)
         if trainer.is_global_zero:
             write_record(self.folder, self.record)
 
     def note_clock(self) -> None:
-        """Speed and cost so far."""
+        """Speed and cost so far. All ranks must call."""
+        now = self.clock.state_dict()
         self.record["img_per_s"] = self.clock.img_per_s
-        self.record["device_hours"] = self.clock.state_dict()["device_hours"]
+        self.record["hours"] = self.clock.hours
+        self.record["device_hours"] = now["device_hours"]
         self.record["restarts"] = self.clock.restarts
+        self.record |= now.get("energy", {"energy_wh": None, "energy_source": NOT_READ})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run that resumes from this state must find the rows of metrics up to it."""
@@ -304,10 +358,3 @@ class ProgressLine(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds; days where there are any."""
-    days, rest = divmod(round(seconds), 86_400)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days} d {clock}" if days else clock

@@ -30,8 +30,9 @@ from eit_lab.data.batch import FILLER, Batch
 from eit_lab.data.folders import VariantImages
 from eit_lab.data.module import ImageData
 from eit_lab.data.variants import Variant
-from eit_lab.models.backbone import Backbone
+from eit_lab.models.build import build_model
 from eit_lab.models.checkpoints import Weights, load_weights
+from eit_lab.models.image_model import ImageModel
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.module import Classifier
 from eit_lab.training.trainer import build_trainer, quiet_lightning
@@ -50,7 +51,7 @@ def evaluate(
     ema = None
     if len(weights) > 1:
         ema = WeightAverage(model, decay=0.0)
-        load_weights(cast("Backbone", ema.model), files, weights=weights[1])
+        load_weights(cast("ImageModel", ema.model), files, weights=weights[1])
     if config.trainer.compile:
         model.compile()  # as in training, for the same digits
     classifier = Classifier(model, config.recipe, _normaliser(config, num_classes), ema=ema)
@@ -95,7 +96,7 @@ class VariantData(ImageData):
 class VariantTest(LightningModule):
     """Counts a model's hits on a variant, its answers restricted to the variant's classes."""
 
-    def __init__(self, model: Backbone, variant: Variant, augment: BatchAugment) -> None:
+    def __init__(self, model: ImageModel, variant: Variant, augment: BatchAugment) -> None:
         super().__init__()
         self.model, self.augment = model, augment
         self.tally = Tally(len(variant.groups))
@@ -142,10 +143,10 @@ class Tally(Metric):
         return self.counts
 
 
-def _build(config: Config, files: Sequence[Path], *, num_classes: int, weights: Weights) -> Backbone:
+def _build(config: Config, files: Sequence[Path], *, num_classes: int, weights: Weights) -> ImageModel:
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
-    model = Backbone(
+    model = build_model(
         config.model, num_classes=num_classes, img_size=config.data.img_size, in_chans=config.data.in_chans
     )
     load_weights(model, files, weights=weights)

@@ -19,8 +19,9 @@ from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunEr
 from eit_lab.config import Config, WandbLogger
 from eit_lab.data.augment import BatchAugment
 from eit_lab.data.module import ImageData
+from eit_lab.finetune import checkpoint_hash
 from eit_lab.loading import dump
-from eit_lab.models.backbone import Backbone
+from eit_lab.models.build import build_model
 from eit_lab.models.checkpoints import start_from
 from eit_lab.models.cost import Cost, count_cost
 from eit_lab.plan import plan
@@ -39,11 +40,12 @@ from eit_lab.training.callbacks import Clock, ProgressLine, RecordKeeper, Sample
 from eit_lab.training.checkpoint import Keeper, WholeFiles, pick, position
 from eit_lab.training.curve import PublishedCurve
 from eit_lab.training.ema import WeightAverage
+from eit_lab.training.energy import NOT_READ, Energy, open_counter
 from eit_lab.training.metrics_file import MetricsFile
 from eit_lab.training.module import Classifier, NotFiniteError
 from eit_lab.training.outcome import finish, write_classes
 from eit_lab.training.ranks import Ranks
-from eit_lab.training.summary import summary
+from eit_lab.training.summary import has_batch_norm, summary
 from eit_lab.training.trainer import build_trainer, device_name, quiet_lightning, set_callbacks
 from eit_lab.training.wandb_log import WandbLog
 
@@ -68,10 +70,13 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
         "config": dump(config),
         "cost": cost.as_dict(),
         "data": vars(facts),
+        "checkpoint": checkpoint_hash(config),
         "versions": versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "best": None,
         "result": None,
+        "energy_wh": None,
+        "energy_source": NOT_READ,
     }
     began = time.monotonic()
     loggers: list[Logger] = []
@@ -153,7 +158,9 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     content = found[1] if found else None
 
     seed_everything(config.seed, workers=True, verbose=False)
-    model = build_backbone(config, facts)
+    model = build_model(
+        config.model, num_classes=facts.num_classes, img_size=config.data.img_size, in_chans=config.data.in_chans
+    )
     notes = []
     if config.checkpoint and content is None:  # a run that goes on has its own weights
         notes = start_from(model, config.checkpoint, weights=config.checkpoint_weights)
@@ -169,7 +176,7 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     check_shares(data, ranks)
     record["unread"] = data.unread.texts
 
-    clock = Clock(cut)
+    clock = Clock(cut, energy=Energy(open_counter(trainer.strategy.root_device), ranks))
     reference = config.reference
     keeper = RecordKeeper(run.folder, record, clock, cut, reference=reference)
     device = device_name(trainer.strategy.root_device)
@@ -192,6 +199,7 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         )
     )  # fmt: skip
     set_callbacks(trainer, callbacks)
+    batch_norm = has_batch_norm(model)
     record["placement"] = {
         "accelerator": trainer.strategy.root_device.type,
         "device": device,
@@ -199,10 +207,14 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         "precision": str(trainer.precision),
         "per_device_batch": cut.micro_batch,
         "accumulate": cut.accumulate,
+        "batch_norm": batch_norm,
     }
     if ranks.is_main:
         write_classes(config, run, data)
-        text = summary(config, facts, run, cost, cut, record["placement"], from_notes=notes, data_notes=data.notes)
+        text = summary(
+            config, facts, run, cost, cut, record["placement"],
+            batch_norm=batch_norm, from_notes=notes, data_notes=data.notes,
+        )  # fmt: skip
         print(text, flush=True)
     loggers += build_loggers(config, run, ranks)
     trainer.loggers = loggers
@@ -254,13 +266,6 @@ def _lost_worker(text: str) -> str:
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, DistBackendError) or "gloo" in str(error).lower()
-
-
-def build_backbone(config: Config, facts: DataFacts) -> Backbone:
-    """The configured model for the configured images."""
-    return Backbone(
-        config.model, num_classes=facts.num_classes, img_size=config.data.img_size, in_chans=config.data.in_chans
-    )
 
 
 def build_loggers(config: Config, run: Run, ranks: Ranks) -> list[Logger]:

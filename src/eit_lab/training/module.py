@@ -1,4 +1,4 @@
-"""The LightningModule around the backbone: loss, metrics, optimizer. It knows no data set and no folder."""
+"""The LightningModule around a model: loss, metrics, optimizer. It knows no data set and no folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eit_lab.config import RecipeConfig
 from eit_lab.data.augment import BatchAugment
 from eit_lab.data.batch import FILLER, Batch
 from eit_lab.learning_rate import learning_rate
-from eit_lab.models.backbone import Backbone
+from eit_lab.models.image_model import ImageModel
 from eit_lab.plan import Plan
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.metrics import evaluation_metrics
@@ -55,7 +55,7 @@ class Classifier(LightningModule):
 
     def __init__(
         self,
-        model: Backbone,
+        model: ImageModel,
         recipe: RecipeConfig,
         augment: BatchAugment,
         *,
@@ -69,7 +69,7 @@ class Classifier(LightningModule):
         self.augment = augment
         self.ema = ema
         self.plan, self.ranks = plan, ranks  # of training only
-        self._grouping = group_parameters(model)
+        self._grouping = group_parameters(model, layer_decay=recipe.layer_decay)
         suffixes = ("",) if ema is None else ("", "_ema")
         self.metrics = torch.nn.ModuleDict(
             {part: evaluation_metrics(part, suffixes=suffixes) for part in ("val", "test")}
@@ -103,7 +103,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         images, targets = self.augment(batch)
-        images = images.to(self.model.cls_token.dtype)  # of true half or double precision
+        images = images.to(next(self.model.parameters()).dtype)  # of true half or double precision
         smoothing = (
             0.0 if targets.is_floating_point() else self.recipe.label_smoothing
         )  # soft targets are smoothed already
@@ -243,7 +243,7 @@ class Classifier(LightningModule):
     # ------------------------------------------------------------------------------------------------------ evaluation
 
     def on_validation_start(self) -> None:
-        """Statistics of a stem's batch norm are one process's own: all evaluate with the main one's."""
+        """Statistics of batch norms are one process's own: all evaluate with the main one's."""
         if self.ranks is not None:
             models = [self.model] if self.ema is None else [self.model, self.ema.model]
             self.ranks.copy_from_main(buffer for model in models for buffer in model.buffers())

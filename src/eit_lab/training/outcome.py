@@ -24,6 +24,9 @@ from eit_lab.training.ranks import Ranks
 from eit_lab.training.trainer import set_callbacks
 from eit_lab.training.wandb_log import WandbLog
 
+# What W&B's tables and plots of runs have beside the test result.
+_IN_SUMMARY = ("best", "img_per_s", "hours", "device_hours", "energy_wh", "energy_source")
+
 
 def finish(
     config: Config,
@@ -85,7 +88,8 @@ def _show(
     for log in trainer.loggers:
         if isinstance(log, WandbLog):
             assert isinstance(config.logger, WandbLogger)
-            log.set_summary({**result, "best": record["best"], "device_hours": record["device_hours"]})
+            costs = {f"cost/{name}": record["cost"][name] for name in ("params", "macs")}
+            log.set_summary({**result, **costs, **{key: record[key] for key in _IN_SUMMARY}})
             log.log_confusion(counts, class_names=names)
             mistakes = worst_mistakes(
                 index=columns["index"],

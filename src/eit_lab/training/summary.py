@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from eit_lab import published
-from eit_lab.config import Config, ConvStem
+from eit_lab.config import AnyModelConfig, Config, TimmConfig
 from eit_lab.models.cost import Cost
 from eit_lab.plan import Plan
 from eit_lab.runs import DataFacts, Run
@@ -25,20 +27,19 @@ def summary(
     plan: Plan,
     placement: dict[str, Any],
     *,
+    batch_norm: bool,
     from_notes: Sequence[str] = (),
     data_notes: Sequence[str] = (),
 ) -> str:
-    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, and of the data."""
-    model, data, recipe = config.model, config.data, config.recipe
-    splits = model.layer_splits()
+    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, and of the data.
+
+    ``batch_norm``: whether the model has any.
+    """
+    data, recipe = config.data, config.recipe
     images = plan.images(plan.total_steps)
-    h, w = cost.grid
-    norm = "; batch norm over " + _normed(placement, plan) if _has_batch_norm(config) else ""
+    norm = "; batch norm over " + _normed(placement, plan) if batch_norm else ""
     rows = [
-        ("model", f"{model.name}: {model.size.embed_dim} wide, {model.size.depth} deep, {model.size.num_heads} heads; "
-                  f"stem {model.stem.kind}, {h}x{w} tokens; position embedding {model.pos_embed}{norm}"),
-        ("mixer", f"{model.ib.rule}, strength {model.ib.strength:g}: attention channels "
-                  f"{' '.join(str(split.attn_dim) for split in splits)} of {model.size.embed_dim}"),
+        *_model_rows(config.model, cost, norm),
         ("cost", f"{cost.params:,} parameters; {si(cost.macs, digits=3)} MACs an image ({si(cost.macs_thop, digits=3)} as thop counts)"),
         ("data", f"{data.name}: {facts.num_train:,} train, {facts.num_val:,} held out of train, {facts.num_test:,} test; "
                  f"{facts.num_classes} classes; {_size(data.img_size)} px"),
@@ -53,12 +54,33 @@ def summary(
     return "\n".join(f"{name:>7}  {text}" for name, text in rows)
 
 
-def _has_batch_norm(config: Config) -> bool:
-    return isinstance(config.model.stem, ConvStem) and config.model.stem.norm == "batch"
+def _model_rows(model: AnyModelConfig, cost: Cost, norm: str) -> Iterator[tuple[str, str]]:
+    if isinstance(model, TimmConfig):
+        name = "" if model.name == model.timm_name else f"{model.name}: "
+        yield "model", f"{name}{model.timm_name} of timm{norm}"
+        return
+    h, w = cost.grid
+    size, ib = model.size, model.ib
+    yield (
+        "model",
+        (
+            f"{model.name}: {size.embed_dim} wide, {size.depth} deep, {size.num_heads} heads; stem {model.stem.kind}, "
+            f"{h}x{w} tokens; position embedding {model.pos_embed}{norm}"
+        ),
+    )
+    splits = model.layer_splits()
+    kind = "" if ib.conv == "depthwise" else f"{ib.conv} convolution{' behind a gate' if ib.glu else ''}, "
+    attention = " ".join(str(split.attn_dim) for split in splits)
+    yield "mixer", f"{ib.rule}, {kind}strength {ib.strength:g}: attention channels {attention} of {size.embed_dim}"
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model's result depends on which images are normalised together."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def _normed(placement: dict[str, Any], plan: Plan) -> str:
-    """Over how many images a stem's batch norm takes its statistics: it depends on the devices, so it is said."""
+    """Over how many images a batch norm takes its statistics: it depends on the devices, so it is said."""
     synced = placement["accelerator"] == "cuda"
     return f"{plan.micro_batch * (plan.world_size if synced else 1)} images"
 

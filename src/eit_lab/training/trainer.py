@@ -15,13 +15,15 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from torch import nn
 
-from eit_lab.config import Config, ConfigError
+from eit_lab.config import Config, ConfigError, TimmConfig
 from eit_lab.models.backbone import Block
 from eit_lab.plan import Plan
-from eit_lab.processes import started_by_launcher
+from eit_lab.processes import is_slurm_rank, started_by_launcher
 
 
 def build_trainer(
@@ -42,12 +44,15 @@ def build_trainer(
     bf16 = cuda and torch.cuda.is_bf16_supported()
     precision: Any = t.precision if t.precision != "auto" else ("bf16-mixed" if bf16 else "32-true")
     plugins = [*(plugins or []), *_environment()]
+    if cuda and isinstance(config.model, TimmConfig):
+        plugins.append(TimmSyncBatchNorm())
+    strategy = _strategy(config, cuda=cuda)
     try:
         trainer = Trainer(
             accelerator=t.accelerator,
             devices=devices,
             num_nodes=t.num_nodes,
-            strategy=_strategy(config, cuda=cuda),
+            strategy=strategy,
             precision=precision,
             plugins=plugins or None,
             accumulate_grad_batches=plan.accumulate if plan else 1,
@@ -91,6 +96,8 @@ def _strategy(config: Config, *, cuda: bool) -> str | Strategy:
     t = config.trainer
     timeout = timedelta(minutes=t.process_timeout_minutes)
     if t.strategy == "fsdp":
+        if isinstance(config.model, TimmConfig):
+            raise ConfigError("trainer.strategy must be ddp or auto with a baseline of timm, got 'fsdp'; nearest: ddp")
         if not cuda:
             raise ConfigError("trainer.strategy=fsdp needs a CUDA device, got none; nearest: ddp")
         if config.recipe.ema_decay is not None:
@@ -103,11 +110,32 @@ def _strategy(config: Config, *, cuda: bool) -> str | Strategy:
     return "auto"
 
 
+class TimmSyncBatchNorm(TorchSyncBatchNorm):
+    """Batch norm over all devices, for architectures of timm.
+
+    NOTE: some of them keep the activation inside their batch norm (BatchNormAct2d). torch's own conversion takes that for a
+    plain one and loses the activation, and so does Lightning's way back after training.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The model with timm's own synchronised norms."""
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """The model as it is: outside training a synchronised norm is a plain one."""
+        return model
+
+
 def _environment() -> list[Any]:
     """Where the ranks come from. Slurm's requeueing is left to whoever submitted the job."""
     if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return [LightningEnvironment()]  # ours (processes.py): rank and address are in the environment
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    if "TORCHELASTIC_RUN_ID" not in os.environ and is_slurm_rank():
+        return [SLURMEnvironment(auto_requeue=False)]
+    # Lightning takes every process inside an allocation for a rank, and warns of it wherever srun can be found.
+    return [] if started_by_launcher() else [LightningEnvironment()]
 
 
 def _leave_signals_to_us(trainer: Trainer) -> None:
@@ -134,6 +162,7 @@ def quiet_lightning() -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*does not have many workers.*",
         r".*exists and is not empty.*",
+        r".*The `srun` command is available on your system but is not used.*",  # a sweep on a cluster's node may be local
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*resuming from a checkpoint that ended before the epoch ended.*",  # the data goes on at its own place
         r"(?s).*Grad strides do not match bucket view strides.*",  # convolutions choose their own layout

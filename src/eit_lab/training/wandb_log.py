@@ -147,7 +147,7 @@ class WandbLog(Logger):
             "project": self._options.project,
             "entity": self._options.entity,
             "group": self._config.run.sweep,
-            "job_type": self._config.model.name,
+            "job_type": self._config.run.arm or self._config.model.name,  # by which dashboards group
             "tags": list(self._options.tags) or None,
             "config": dump(self._config),
             # A run that starts anew under an id that is there already (run.overwrite) replaces it, and does not add to it.

@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eit_lab.command import EXIT_PREEMPTED
+
 # Metrics of a row that other metrics are drawn against; charts of their own would say nothing.
 X_AXES = ("images", "step", "epoch")
 _GAVE_UP = "Fatal error while uploading data"  # wandb's words, on stderr only, for what it will not try again
@@ -155,6 +157,8 @@ class _Run:
         """End the run, and mark it where all of it is on the server."""
         began = time.monotonic()
         try:
+            if exit_code == EXIT_PREEMPTED:  # W&B then shows it as preempted, not as crashed
+                self._run.mark_preempting()
             self._run.finish(exit_code=exit_code)
         except Exception as error:  # noqa: BLE001 - a timeout, or a service that is gone: the data is on disk
             print(in_one_line(error), file=sys.stderr)
