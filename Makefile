@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SEEDS  ?= 0,1,2
+RUNS   ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format bench wheel clean
+.PHONY: help setup demo dashboard test test-slow test-gpu lint format bench wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -22,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## ViT, LSRA and EIT on real images, three seeds each: table and figure, minutes on 2 cores
 	$(BIN)/python -m eit_lab.train -m experiment=demo seed=$(SEEDS)
+
+dashboard: $(READY)  ## a local web view of the runs in RUNS=runs, no account: TensorBoard on 127.0.0.1
+	$(BIN)/python -m eit_lab.dashboard view $(RUNS)
 
 test: $(READY)  ## the tests, with coverage: no network, no GPU, under 5 minutes on 2 cores
 	@rm -f .coverage*

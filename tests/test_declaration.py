@@ -112,6 +112,13 @@ def test_every_shipped_experiment_says_what_it_asks_costs_and_would_change() -> 
         assert " ".join(read_experiment(EXPERIMENTS / name).question.split()) in " ".join(text.split())
 
 
+def test_what_a_readme_asks_of_two_arms_is_a_planned_comparison() -> None:
+    planned = {name: set(read_experiment(EXPERIMENTS / name).compare) for name in SHIPPED}
+    assert ("eit", "lsra") in planned["000-digits-demo"]  # whether the way the channels fall matters
+    steps = ["s0", "s0.25", "s0.5", "s0.75", "s1"]
+    assert {*zip(steps[1:], steps, strict=False), *(("s1", step) for step in steps[:-1])} == planned["013-strength"]
+
+
 @pytest.mark.slow
 def test_the_expected_costs_are_what_the_formula_gives() -> None:
     script = EXPERIMENTS.parent / "benchmarks" / "experiment_costs.py"

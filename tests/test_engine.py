@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +18,16 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, Done
+from eit_lab.benchmark import nothing
 from eit_lab.compose import compose_one, parse_flags
 from eit_lab.config import ConfigError
 from eit_lab.launchers import LocalLauncher
-from eit_lab.manifest import Entry, Journal, add_jobs, is_alive, locked, read_manifest
+from eit_lab.manifest import Entry, Journal, Manifest, add_jobs, is_alive, locked, read_manifest
 from eit_lab.sweep.arms import read_sweep
+from eit_lab.sweep.engine import Ended, Job
 from eit_lab.sweep.launch import launch
 from eit_lab.sweep.local import build_slots
+from eit_lab.sweep.status import Watch
 
 Command = Callable[..., Done]
 
@@ -42,6 +48,9 @@ if seed == 666 or (seed == 77 and first):
     sys.exit("eit_lab: no luck today")
 if seed == 9:
     os.kill(os.getpid(), signal.SIGKILL)
+if seed in (500, 501):  # hears nothing but the default signals; 501 not even Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN if seed == 501 else signal.default_int_handler)
+    time.sleep(60)
 if seed >= 1000:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
@@ -114,6 +123,125 @@ def test_fail_fast_starts_no_further_job(small: Path, capsys: pytest.CaptureFixt
     assert run("seed=666,1,2", "hydra.launcher.keep_going=false") == 1
     assert states(small) == {666: "failed", 1: "waiting", 2: "waiting"}
     assert "1 failed, the rest not ended: the same command goes on" in capsys.readouterr().out
+
+
+def test_fail_fast_does_not_call_those_failed_that_it_stopped(small: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core only")
+    two = ("hydra/launcher=local", "hydra.launcher.jobs_at_once=2")
+    assert run("seed=500,666,1", *two, "hydra.launcher.keep_going=false") == 1
+    assert states(small) == {500: "preempted", 666: "failed", 1: "waiting"}
+
+
+def test_a_job_that_does_not_hear_ctrl_c_is_killed_after_the_second(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eit_lab.sweep.launch._LAST_S", 0.2)
+
+    def press_twice() -> None:
+        _until(lambda: times_run(small, 501) == 1)
+        for _ in range(2):
+            time.sleep(0.6)  # two within half a second are one
+            os.kill(os.getpid(), signal.SIGINT)
+
+    keyboard = threading.Thread(target=press_twice)
+    keyboard.start()
+    assert run("seed=501,1") == 130
+    keyboard.join()
+    assert states(small) == {501: "preempted", 1: "waiting"}
+
+
+class _Cluster:
+    """An engine whose jobs outlive their launcher; ``meanwhile`` happens while this launcher starts its first one."""
+
+    survives = True
+
+    def __init__(self, meanwhile: Callable[[Sequence[Job]], None], *, room: int) -> None:
+        self.meanwhile, self.room = meanwhile, room
+        self.started: list[int] = []
+        self.adopted: list[str] = []
+        self.jobs: list[Job] = []
+
+    def threads(self, config: object) -> None:
+        return None
+
+    def capacity(self) -> int:
+        return self.room - len(self.jobs)
+
+    def start(self, jobs: Sequence[Job]) -> list[str]:
+        if not self.started:
+            self.meanwhile(jobs)
+        self.jobs += jobs
+        self.started += [job.config.seed for job in jobs]
+        for job in jobs:
+            assert nothing.main(["--frozen", str(job.frozen)]) == 0
+        return [f"slurm:{job.config.seed}" for job in jobs]
+
+    def adopt(self, job: Job, handle: str) -> bool:
+        self.adopted.append(handle)
+        assert nothing.main(["--frozen", str(job.frozen)]) == 0
+        self.jobs.append(job)
+        return True
+
+    def poll(self) -> list[tuple[Job, Ended]]:
+        ended, self.jobs = self.jobs, []
+        return [(job, Ended(0, "")) for job in ended]
+
+    def wait(self, seconds: float) -> None: ...
+
+    def is_running(self, job: Job) -> bool:
+        return True
+
+    def stop(self, job: Job, signum: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_what_another_launcher_does_meanwhile_is_not_done_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even with ``run.overwrite``, and where the other one has submitted a job and is gone (``wait=false``)."""
+
+    def another(_: Sequence[Job]) -> None:
+        journal = Journal(small / "runs" / "sweeps" / "mine")
+        mine = {job.entry.seed: identity for identity, job in read_manifest(journal.folder).jobs.items()}
+        journal.write(
+            [
+                {"job": mine[1], "state": "finished"},
+                {"job": mine[2], "state": "failed", "said": "no luck"},
+                {"job": mine[3], "state": "submitted", "handle": "slurm:17_3"},
+            ]
+        )
+        journal.close()
+
+    engine = _Cluster(another, room=1)
+    monkeypatch.setattr("eit_lab.sweep.launch.build_engine", lambda *_, **__: engine)
+    assert run("seed=0,1,2,3,4", "run.sweep=mine", "run.overwrite=true") == 1
+    assert engine.started == [0, 4]
+    assert engine.adopted == ["slurm:17_3"]
+    manifest = read_manifest(small / "runs" / "sweeps" / "mine")
+    found = {job.entry.seed: job.state for job in manifest.jobs.values()}
+    assert found == {0: "finished", 1: "finished", 2: "failed", 3: "finished", 4: "finished"}
+
+
+def test_a_full_disk_is_one_line(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from eit_lab.train import main
+
+    sweep = small / "runs" / "sweeps" / "mine"
+    sweep.mkdir(parents=True)
+    (sweep / "events.jsonl").symlink_to("/dev/full")
+    assert main(["-m", *TINY, *_QUIET, "seed=0", "run.sweep=mine"]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eit_lab: ")]
+    assert said == (
+        "eit_lab: sweep mine stopped: No space left on device (runs/sweeps/mine/events.jsonl); the same command goes on"
+    )
+
+
+def test_the_script_for_wandb_keeps_the_runs_of_earlier_launches(small: Path) -> None:
+    assert run("seed=0") == 0
+    (record,) = (small / "runs").glob("*-s0-*/record.json")
+    said = json.loads(record.read_text())
+    record.write_text(json.dumps({**said, "sync": "W&B: not on the server yet; to send it: wandb sync zero"}))
+    assert run("seed=1") == 0
+    assert (sweep_of(small) / "sync.sh").read_text() == "wandb sync zero\n"
 
 
 def test_a_changed_point_supersedes_its_earlier_version_and_never_stands_beside_it(small: Path) -> None:
@@ -305,6 +433,66 @@ def test_the_journal_knows_who_is_alive_and_reads_only_what_is_new(tmp_path: Pat
     assert not is_alive(tmp_path, "elsewhere-1-1")
 
 
+def _one_job(folder: Path) -> Manifest:
+    entry = Entry(
+        label="a", point=("a",), arm="a", seed=0, identity="1", name="a-1", folder="../a-1", frozen="f", log="l"
+    )
+    with locked(folder):
+        return add_jobs(folder, [entry], declaration=None, launch={})
+
+
+@pytest.mark.parametrize("torn", [b'{"time": 1, "job": "1", "sta', b"\0\0\0\0\n", b"\xff\xfe\n", b"17\n", b'{"time": 1}\n', b"[]\n"])  # fmt: skip
+def test_a_line_that_a_full_disk_cut_short_takes_no_other_along(torn: bytes, tmp_path: Path) -> None:
+    _one_job(tmp_path)
+    journal = Journal(tmp_path)
+    journal.write([{"job": "1", "state": "running", "attempt": True}])
+    with (tmp_path / "events.jsonl").open("ab") as handle:
+        handle.write(torn)
+    journal.write([{"job": "1", "state": "finished"}])
+    journal.close()
+    job = read_manifest(tmp_path).jobs["1"]
+    assert (job.state, job.attempts) == ("finished", 1)
+
+
+def test_who_asks_is_not_taken_for_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "launchers").mkdir()
+    gone = tmp_path / "launchers" / f"{socket.gethostname()}-1-1"
+    gone.touch()
+    with gone.open() as another:
+        fcntl.flock(another, fcntl.LOCK_SH)
+        assert not is_alive(tmp_path, gone.name)
+
+
+@pytest.mark.parametrize("handle", ["local:1", "ray:ab"])
+def test_jobs_that_end_with_their_launcher_are_lost_with_it(handle: str, tmp_path: Path) -> None:
+    _one_job(tmp_path)
+    journal = Journal(tmp_path)
+    journal.write([{"job": "1", "state": "running", "handle": handle}])
+    assert Watch(read_manifest(tmp_path)).counts() == {"running": 1}
+    journal.close()
+    assert Watch(read_manifest(tmp_path)).counts() == {"lost": 1}
+
+
+def test_who_watches_a_sweep_sees_the_jobs_that_are_added(tmp_path: Path) -> None:
+    manifest = _one_job(tmp_path)
+    watch = Watch(manifest)
+    two = dataclasses.replace(manifest.jobs["1"].entry, identity="2", point=("b",))
+    with locked(tmp_path):
+        add_jobs(tmp_path, [two], declaration=None, launch={})
+    journal = Journal(tmp_path)
+    journal.write([{"job": "2", "state": "finished"}])
+    journal.close()
+    watch.refresh()
+    assert watch.counts() == {"waiting": 1, "finished": 1}
+
+
+@pytest.mark.parametrize("told", ["", "4,2", "many"])
+def test_threads_are_told_by_the_first_number(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    (slot,) = _slots(monkeypatch, cores=8, gpus=None, jobs=1)
+    assert slot.threads(compose_one([*TINY])) == (4 if told == "4,2" else 8)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -329,6 +517,25 @@ def test_a_manifest_of_another_version_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"schema": 1, "jobs": []}')
     with pytest.raises(ConfigError, match="must have schema 2, got 1"):
         read_manifest(tmp_path)
+    for damaged in (b"[]", b"\xff\xfe\xfd", b'{"schema"'):
+        (tmp_path / "sweep.json").write_bytes(damaged)
+        with pytest.raises(ConfigError, match="is damaged"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_template_takes_its_job_along_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "eit_lab.train", "-m", *TINY, "guard.speed_s=0", "recipe.epochs=20", "seed=0,1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    _until(lambda: bool(list(tmp_path.glob("runs/*-s0-*/checkpoints/last.ckpt"))), 120)
+    (template,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    os.kill(int(template), signal.SIGKILL)
+    out, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1, out
+    assert "seed=0: FAILED: the process that jobs are forked from has ended" in out
+    assert states(tmp_path) == {0: "failed", 1: "finished"}
 
 
 @pytest.mark.slow

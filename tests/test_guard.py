@@ -115,6 +115,11 @@ def test_other_files_and_other_weights_count_though_their_places_do_not(here: Pa
         (here / name).write_text(name)
     start = sweep_of(*TWO[:-2], "model=eit_nano", "checkpoint=one.pth,two.pth", "seed=0,1")
     assert guard(start, facts=[first] * 4, **whole)
+    for seed in (0, 1):
+        (here / f"{seed}.pth").write_text(str(seed))
+    own = sweep_of(*TWO[:-2], "model=vit_nano,eit_nano", "checkpoint=${seed}.pth", "seed=0,1", "factor=checkpoint")
+    assert own.id != sweep_of(*TWO).id
+    assert guard(own, facts=[first] * 4, **whole)
     points = [dataclasses.replace(p, arm=f"arm{n // 2}") for n, p in enumerate(start.points)]
     undeclared = dataclasses.replace(start.declaration, factor=("model",))
     with pytest.raises(ConfigError, match=r"got checkpoint \(content\)"):
@@ -235,6 +240,18 @@ def test_over_the_budget_a_script_is_refused_and_a_yes_goes_on(
     assert not (here / "sweep").exists()
     assert look(sweep_of(*TWO, limit, "yes=true"), here / "sweep", probe=Told())
     assert look(sweep_of(*TWO, "budget.device_hours=1", "budget.disk_gb=1"), here / "sweep", probe=Told())
+
+
+def test_hours_measured_without_compiling_are_a_bound_and_no_reason_to_refuse(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = look(sweep_of(*TWO, "trainer.compile=true", "budget.device_hours=0.001"), here, probe=Told())
+    assert [(arm.at_most, arm.source) for arm in arms] == [(True, "measured, a device, not compiled")] * 2
+    text = capsys.readouterr().out
+    assert "4 of 4 jobs to do; fewer than 0.0284 device-hours (budget 0.001)" in text
+    assert "budget.device_hours=0.001 is not held against 2 of the arms: they train with torch.compile" in text
+    look(sweep_of(*TWO, "trainer.compile=true", "budget.device_hours=1"), here, probe=Told())
+    assert "not held" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,12 @@ def test_differences_without_a_spread() -> None:
     ]
 
 
+def test_a_mean_of_zero_with_a_spread_is_not_called_no_difference() -> None:
+    (line,) = said(two_arms([0.5, 0.5], [0.75, 0.25]))
+    assert line.startswith("EIT - ViT = +0.00 points, 95% CI [-")
+    assert line.endswith(": not distinguishable from zero at 5%.")
+
+
 def test_what_is_significant_alone_may_not_be_among_many() -> None:
     vit = [0.90, 0.91, 0.92, 0.90]
     records = two_arms(vit, [v + d for v, d in zip(vit, (0.010, 0.022, 0.012, 0.026), strict=True)])

@@ -14,7 +14,7 @@ from PIL import Image
 from eit_lab.report.arms import Ablation, collect
 from eit_lab.report.comparison import compare
 from eit_lab.report.metric import metric_of
-from eit_lab.report.records import RunEntry, Source, read_sources
+from eit_lab.report.records import RunEntry, Source, read_sources, write_records
 from eit_lab.report.summary import write_summary
 from made_runs import declared, made_record, write_run, write_runs, write_sweep
 
@@ -259,6 +259,107 @@ def test_what_batch_norm_sees_must_be_equal_where_there_is_batch_norm() -> None:
     of = [(0, 64), (1, 64), (2, 32)]
     assert seeds_by_arm(ablation([made(s, b, "layer") for s, b in of], declaration=plan)) == {"vit": [0, 1, 2]}
     assert seeds_by_arm(ablation([made(s, b, "batch") for s, b in of], declaration=plan)) == {"vit": [0, 1]}
+
+
+def test_batch_norm_sees_the_images_of_all_gpus_and_is_found_in_models_by_name() -> None:
+    def made(seed: int, batch: int, world_size: int, **more: Any) -> dict[str, Any]:
+        placement = {"precision": "32-true", "per_device_batch": batch, "world_size": world_size, **more}
+        return arm_record("resnet", seed, 0.9, placement=placement)
+
+    def seeds(**more: Any) -> list[int]:
+        records = [made(0, 64, 1, **more), made(1, 64, 1, **more), made(2, 32, 2, **more), made(3, 16, 1, **more)]
+        plan = declared("a", ["resnet"], factor=["model"], seeds=range(4))
+        return seeds_by_arm(ablation(records, declaration=plan))["resnet"]
+
+    assert seeds(batch_norm=True, accelerator="cuda") == [0, 1, 2]
+    assert seeds(batch_norm=True, accelerator="cpu") == [0, 1]
+    assert seeds(batch_norm=False, accelerator="cuda") == [0, 1, 2, 3]
+
+
+def test_runs_that_start_from_other_weights_are_other_arms() -> None:
+    def made(seed: int, start: str | None, *, path: str | None = None) -> dict[str, Any]:
+        record = made_record("vit_x", seed, 0.9, checkpoint=start)
+        record["config"]["checkpoint"] = path
+        return record
+
+    starts = (None, "one", "two")
+    found = ablation([made(seed, start) for start in starts for seed in (0, 1)])
+    assert [arm.seeds for arm in found.arms] == [[0, 1]] * 3
+    assert found.left_out == []
+    moved = ablation([made(0, "one", path="a.pth"), made(1, "one", path="b.pth")])
+    assert [arm.seeds for arm in moved.arms] == [[0, 1]]
+    plan = declared("a", ["vit_x"], factor=["model.ib"], seeds=[0, 1, 2])
+    mixed = ablation([made(0, "one"), made(1, "one"), made(2, None)], declaration=plan)
+    assert seeds_by_arm(mixed) == {"vit_x": [0, 1]}
+    assert [(left.seed, left.state) for left in mixed.left_out] == [(2, "unequal")]
+
+
+def test_a_key_that_follows_the_seed_parts_no_arms() -> None:
+    records = [made_record(arm, seed, 0.9) for arm in ("vit_x", "eit_x") for seed in range(3)]
+    for record in records:
+        record["config"]["data"]["split_seed"] = record["seed"]
+    adhoc = {
+        **declared("a", ["vit_x"], factor=["model", "data.split_seed"], seeds=range(3)),
+        "arms": {},
+        "baseline": None,
+    }
+    found = ablation(records, declaration=adhoc)
+    assert seeds_by_arm(found) == {"vit_x": [0, 1, 2], "eit_x": [0, 1, 2]}
+    (one,) = compare(found)
+    assert (one.name, one.caveats) == ("eit_x - vit_x", ())
+    axis = [made_record("vit_x", seed, 0.9) for seed in (0, 1, 0, 1)]
+    for record, split in zip(axis, (0, 0, 1, 1), strict=True):
+        record["config"]["data"]["split_seed"] = split
+    found = ablation(axis, declaration={**adhoc, "factor": ["data.split_seed"]})
+    assert [arm.seeds for arm in found.arms] == [[0, 1]] * 2
+
+
+def test_arms_at_several_values_of_a_further_axis_are_compared_at_each_of_them() -> None:
+    records = []
+    for lr in (0.1, 0.2):
+        for arm in ("vit", "eit", "eit x"):
+            record = arm_record(arm, 0, 0.9)
+            record["config"]["run"]["arm"] = f"{arm} recipe.lr={lr}"
+            record["config"]["recipe"]["lr"] = lr
+            records.append(record)
+    plan = declared("a", ["vit", "eit", "eit x"], factor=["model.ib", "recipe.lr"], seeds=[0, 1])
+    found = ablation(records, declaration=plan)
+    assert [one.name for one in compare(found)] == [
+        f"{arm} recipe.lr={lr} - vit recipe.lr={lr}" for lr in (0.1, 0.2) for arm in ("eit", "eit x")
+    ]
+    assert found.unmet == []
+    assert {(left.arm, left.seed) for left in found.left_out} == {(r["config"]["run"]["arm"], 1) for r in records}
+
+
+def test_an_arm_that_two_ablations_share_is_held_by_the_factor_of_each() -> None:
+    def source(name: str, width: int, **more: Any) -> Source:
+        records = [arm_record(arm, 0, 0.9) for arm in ("vit", "eit")]
+        records[0]["config"]["model"]["size"]["embed_dim"] = width
+        plan = declared(name, ["vit", "eit"], factor=["model.ib"], seeds=[0], **more)
+        return Source(name, plan, [RunEntry(record=r, arm=r["config"]["run"]["arm"], seed=0, status="finished", said="", name=r["name"] + str(width if n == 0 else "")) for n, r in enumerate(records)])  # fmt: skip
+
+    equal, matched = source("001", 128), source("005", 112, match="params", reference="eit")
+    for sources in ((equal, matched), (matched, equal)):
+        made = compare(collect(sources, ACC1))
+        assert [one.caveats for one in made] == [(), ()]
+        assert len({id(one.arm) for one in made}) == 1
+    # Three of one name, each another arm.
+    others = [source("same", width) for width in (128, 112, 96)]
+    labels = [arm.label for arm in collect(others, ACC1).arms]
+    assert labels == ["vit", "eit", "vit (same)", "vit (same) (2)"]
+
+
+def test_two_folders_of_one_name_stay_two_sources_in_records(tmp_path: Path) -> None:
+    plan = declared("same", ["vit", "eit"], factor=["model.ib"], seeds=[0])
+    folders = [
+        write_sweep(
+            tmp_path / where, "same", [arm_record(arm, 0, accuracy) for arm in ("vit", "eit")], declaration=plan
+        )
+        for where, accuracy in (("a", 0.5), ("b", 0.6))
+    ]
+    write_records(tmp_path / "all.jsonl", read_sources(folders))
+    again = read_sources([tmp_path / "all.jsonl"])
+    assert [(source.name, len(source.entries)) for source in again] == [("same", 2), ("same-2", 2)]
 
 
 @pytest.mark.parametrize("value", ["nan", None, "inf", True])

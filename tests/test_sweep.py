@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, TINY_MODEL, Done
+from eit_lab.manifest import read_manifest
 
 Command = Callable[..., Done]
 
@@ -26,26 +27,27 @@ def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(
     done = command("train", *sweep)
     assert done.status == 1
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
-    manifest = json.loads((folder / "sweep.json").read_text())
-    assert [job["status"] for job in manifest["jobs"]] == ["failed", "finished"]
-    assert f"eit_lab: {damaged}/train/" in done.err
+    jobs = list(read_manifest(folder).jobs.values())
+    assert [job.state for job in jobs] == ["failed", "finished"]
+    assert f"data.root={damaged}: FAILED: {damaged}/train/" in done.err
     assert "cannot be decoded: Premature end of JPEG file" in done.err
-    assert f"failed: job 1 (data.root={damaged})" in done.err
+    assert f"failed: job 1/2  data.root={damaged}, log " in done.err
     assert "1 finished, 1 failed" in done.out
-    assert f"not in the table: eit_nano seed 0 is failed ({damaged}" in done.out
-    for name in ("accuracy.png", "accuracy.svg", "summary.csv", "summary.md", "code.diff"):
+    assert f"not in the table: data.root={damaged} seed 0 is failed ({damaged}" in done.out
+    for name in ("accuracy.png", "accuracy.svg", "summary.csv", "summary.md", "code.diff", "guard.json"):
         assert (folder / name).exists()
-    for job in manifest["jobs"]:
-        assert (folder / job["frozen"]).exists()
-        ran = json.loads((folder / job["folder"] / "record.json").read_text())
-        assert ran["identity"] == job["identity"]
+    for job in jobs:
+        assert (folder / job.entry.frozen).exists()
+        ran = json.loads((folder / job.entry.folder / "record.json").read_text())
+        assert ran["identity"] == job.entry.identity
         assert ran["config"]["run"]["sweep"] == folder.name
     again = command("train", *sweep)
-    assert again.err.count("finished already, skipped") == 1
+    assert again.err.count("1 of 2 jobs finished already, skipped") == 1
     assert again.status == 1
     looked = command("report", str(folder))
     assert looked.status == 0
-    assert "eit_nano" in looked.out
+    assert f"data.root={lookalike}" in looked.out
+    assert (folder / "report" / "report.html").exists()
 
 
 @pytest.mark.slow
@@ -57,7 +59,7 @@ def test_editing_a_yaml_while_a_sweep_runs_changes_no_job(tmp_path: Path) -> Non
     sweep = subprocess.Popen(
         [sys.executable, "-m", "eit_lab.train", *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    while not list(tmp_path.glob("runs/sweeps/*/jobs/000.log")):
+    while not list(tmp_path.glob("runs/sweeps/*/jobs/*.log")):
         assert sweep.poll() is None
         time.sleep(0.01)
     mine.write_text("name: mine\nrule: nonsense\n")

@@ -13,14 +13,19 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train one run, or with -m every point of a sweep",
+    "sweep": "run a declared ablation; status and cancel of any sweep",
+    "search": "search hyper-parameters, each trial an ordinary run",
     "evaluate": "test a run again, or on any folder of images",
     "predict": "the five likeliest classes of an image",
     "export": "torch.export, ONNX or safetensors, checked",
     "shards": "pack a data set into shards, check them, look at them",
-    "report": "table and figure from records",
-    "bench": "time the data loading of this machine, beside torchvision's and timm's",
+    "report": "tables, figures and statistics from records: HTML, Markdown, LaTeX, CSV",
+    "dashboard": "a W&B dashboard as code, or a local web view of runs",
+    "bench": "time the data loading and the sweep engine of this machine; model what many GPUs would do",
     "selftest": "prove that a killed run comes back as the run that was never killed",
 }
+
+_PACKAGES = ("sweep", "search", "report", "dashboard")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complete(args)
     if not args or args[0] in ("-h", "--help"):
         print("eit-lab COMMAND ...\n")
-        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()))
         print("\n  eit-lab COMMAND --help          each is also python -m eit_lab.COMMAND")
         print('  eval "$(eit-lab -sc install=bash)"   tab completion')
         return 0
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    name = "report.__main__" if args[0] == "report" else args[0]
+    name = f"{args[0]}.__main__" if args[0] in _PACKAGES else args[0]
     status: int = import_module(f"eit_lab.{name}").main(args[1:])
     return status
 

@@ -10,6 +10,7 @@ machines that do not share locks by the time at which it last touched that file.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -95,21 +96,21 @@ class Manifest:
         for line in whole.splitlines():
             try:
                 event = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line cut short by a full disk: the next event of that job says how it went on
-            job = self.jobs.get(event["job"])
-            if job is not None:
-                _apply(job, event)
+                job = self.jobs.get(event["job"])
+                if job is not None:
+                    _apply(job, event)
+            except (ValueError, TypeError, KeyError):
+                continue  # cut short by a full disk, or lost with the machine: the job's next event says how it went on
 
 
 def _apply(job: ManifestJob, event: Mapping[str, Any]) -> None:
-    job.state, job.since = event["state"], event["time"]
+    job.state, job.since = str(event["state"]), float(event["time"])
     job.said, job.by = event.get("said", ""), event.get("by", "")
     job.handle = event.get("handle") or (job.handle if job.state in ("submitted", "running") else "")
     if event.get("attempt"):
         job.attempts += 1
     if job.state == "running":
-        job.started = event["time"]
+        job.started = job.since
 
 
 def is_sweep(folder: Path) -> bool:
@@ -124,8 +125,10 @@ def read_manifest(folder: Path) -> Manifest:
         plain = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{str(folder)!r} must be the folder of a sweep, and has no sweep.json") from None
-    except json.JSONDecodeError:
-        raise ConfigError(f"{path} is damaged; move it away, and the same command writes it anew") from None
+    except ValueError:  # no JSON, or no text
+        plain = None
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is damaged; move it away, and the same command writes it anew")
     if plain.get("schema") != SCHEMA:
         raise ConfigError(
             f"{path} must have schema {SCHEMA}, got {plain.get('schema')!r}: it is of another version of eit_lab; "
@@ -157,9 +160,10 @@ def add_jobs(
     before = read_manifest(folder) if is_sweep(folder) else None
     known = {i: job.entry for i, job in before.jobs.items()} if before else {}
     superseded = list(before.superseded) if before else []
-    by_point = {entry.point: entry for entry in known.values()}
+    declared = bool((declaration or {}).get("arms"))
+    by_place = {_place(entry, declared): entry for entry in known.values()}
     for entry in entries:
-        old = by_point.get(entry.point)
+        old = by_place.get(_place(entry, declared))
         if old is not None and old.identity != entry.identity and known.pop(old.identity, None) is not None:
             superseded.append(old)
         known[entry.identity] = entry
@@ -176,6 +180,11 @@ def add_jobs(
     lines = ",\n".join(f"{json.dumps(key)}: {_by_line(value)}" for key, value in plain.items())
     write_text(folder / "sweep.json", f"{{\n{lines}\n}}\n")
     return read_manifest(folder)
+
+
+def _place(entry: Entry, declared: bool) -> Hashable:
+    """What an earlier version of a job has in common with it: where arms are declared, a change of what all share is one."""
+    return (entry.arm, entry.seed) if declared else entry.point
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -210,15 +219,27 @@ class Journal:
         self._beat_at = time.monotonic()
 
     def write(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Add events, whole or not at all: {"job", "state", "handle", "status", "said", "attempt"}, all but two optional."""
+        """Add events, {"job", "state", "handle", "status", "said", "attempt"}, all but two optional.
+
+        Raises OSError where the disk is full.
+        """
         now = round(time.time(), 3)
         text = "".join(f"{json.dumps({'time': now, **event, 'by': self.name})}\n" for event in events)
-        if text:
-            handle = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(handle, text.encode())
-            finally:
-                os.close(handle)
+        if not text:
+            return
+        path = self.folder / "events.jsonl"
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            # Whoever was cut short before us has left a line without an end, which ours must not become a part of.
+            size = os.fstat(handle).st_size
+            torn = size > 0 and os.pread(handle, 1, size - 1) not in (b"\n", b"")
+            data = f"{chr(10) if torn else ''}{text}".encode()
+            if os.write(handle, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a failing write does not name its file
+        finally:
+            os.close(handle)
 
     def beat(self) -> None:
         """Say now and then that this launcher is alive."""
@@ -237,8 +258,8 @@ def is_alive(folder: Path, launcher: str) -> bool:
     """Whether a launcher, by its name in the events, still runs."""
     path = folder / "launchers" / launcher
     try:
-        with path.open("r+") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open() as handle:  # shared: two that ask at once must not take each other for the launcher
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError:

@@ -9,18 +9,17 @@ beyond rounding; they are listed, and speeds of different devices are not averag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from eit_lab.config import ConfigError
 from eit_lab.loading import nearest
+from eit_lab.report.keys import covers, flat_config, following, varying, without
 from eit_lab.report.metric import Metric, number
 from eit_lab.report.records import RunEntry, Source, plain_text
 from eit_lab.report.stats import Estimate, estimate
-from eit_lab.runs import PLACEMENT
 
-_NOT_AN_ARM = (*PLACEMENT, "seed", "model.name", "model.size.name", "model.ib.name")  # labels and places
 _SHOWN_KEYS = 4
 
 
@@ -41,6 +40,8 @@ class Arm:
     """By an ablation that says which factor the arms differ in."""
     matched: tuple[str, ...] = ()
     """Keys in which arms of a matched budget differ on purpose."""
+    setups: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Source -> its set-up there, of every source that has this arm: another factor leaves other keys outside it."""
 
     @property
     def plain(self) -> bool:
@@ -122,15 +123,19 @@ def _add_pool(found: Ablation, declaration: Mapping[str, Any], sources: Sequence
     for old in (entry for source in sources for entry in source.superseded):
         if old.name not in {entry.name for entry in entries}:
             left_out.append(_left(old, "superseded", "its code, data or configuration has a newer version"))
+    declaration = _along_axes(declaration, {entry.arm for entry in entries})
     declared = list(declaration.get("arms") or ())
     matched = ("model.size.embed_dim",) if declaration.get("match") else ()
+    factor = declaration.get("factor") or ()
+    follow = following(factor, usable)
     if declared:
-        arms, unlike = _declared_arms(usable, declared, (*(declaration.get("factor") or ()), *matched))
+        arms, unlike = _declared_arms(usable, declared, (*factor, *matched), follow)
         left_out += _missing(declaration, entries)
     else:
-        arms, unlike = _loose_arms(usable)
+        arms, unlike = _loose_arms(usable, follow)
     for arm in arms:
         arm.source, arm.declared, arm.matched = sources[0].name, bool(declared), matched
+        arm.setups = {arm.source: arm.setup}
     found.arms += arms
     found.left_out += left_out + unlike
     if not planned:
@@ -148,9 +153,31 @@ def _add_pool(found: Ablation, declaration: Mapping[str, Any], sources: Sequence
     for label, other in wanted:
         absent = [name for name in (label, other) if name not in by_label]
         if absent:
-            found.unmet.append(f"{label} - {other}: not compared, {' and '.join(absent)} has no run that counts.")
+            has = "have" if len(absent) > 1 else "has"
+            found.unmet.append(f"{label} - {other}: not compared, {' and '.join(absent)} {has} no run that counts.")
         else:
             found.pairs.append((by_label[label], by_label[other]))
+
+
+def _along_axes(declaration: Mapping[str, Any], labels: Collection[str]) -> Mapping[str, Any]:
+    """The declaration of a sweep with further axes (``vit recipe.lr=0.1``): its arms and comparisons at each of their values."""
+    arms = list(declaration.get("arms") or ())
+    further: dict[str, None] = {}
+    for label in sorted(set(labels) - set(arms)):
+        arm = max((arm for arm in arms if label.startswith(f"{arm} ")), key=len, default=None)
+        if arm is not None:
+            further[label.removeprefix(arm)] = None
+    if not further:
+        return declaration
+    values = ["", *further] if any(arm in labels for arm in arms) else list(further)
+    pairs = [tuple(pair) for pair in declaration.get("compare") or ()]
+    if not pairs and (against := declaration.get("baseline")):
+        pairs = [(arm, against) for arm in arms if arm != against]
+    return {
+        **declaration,
+        "arms": [f"{arm}{value}" for value in values for arm in arms],
+        "compare": [(f"{arm}{value}", f"{against}{value}") for value in values for arm, against in pairs],
+    }
 
 
 def _once(entries: Iterable[RunEntry]) -> list[RunEntry]:
@@ -195,12 +222,12 @@ def _missing(declaration: Mapping[str, Any], entries: Sequence[RunEntry]) -> lis
 
 
 def _declared_arms(
-    usable: Sequence[RunEntry], labels: Sequence[str], factor: Sequence[str]
+    usable: Sequence[RunEntry], labels: Sequence[str], factor: Sequence[str], follow: Collection[str]
 ) -> tuple[list[Arm], list[LeftOut]]:
     """One arm a label; what its runs must share is the whole configuration, all arms what lies outside the factor."""
     groups: dict[str, list[_Run]] = {label: [] for label in labels}
     for entry in usable:
-        config = flat_config(entry)
+        config = without(flat_config(entry), follow)
         outside = {key: repr(value) for key, value in config.items() if not covers(factor, key)}
         inside = {key: repr(value) for key, value in config.items() if covers(factor, key)}
         groups.setdefault(entry.arm, []).append(
@@ -209,9 +236,9 @@ def _declared_arms(
     return _pick(groups)
 
 
-def _loose_arms(usable: Sequence[RunEntry]) -> tuple[list[Arm], list[LeftOut]]:
+def _loose_arms(usable: Sequence[RunEntry], follow: Collection[str]) -> tuple[list[Arm], list[LeftOut]]:
     """One arm for each configuration there is; the plain ViT first, then in the order of the records."""
-    configs = [flat_config(entry) for entry in usable]
+    configs = [without(flat_config(entry), follow) for entry in usable]
     for entry, config in zip(usable, configs, strict=True):  # the same name over other files is another data set
         config["data.fingerprint"] = (entry.record.get("data") or {}).get("fingerprint")
     keys = varying(configs)
@@ -338,34 +365,13 @@ def _facts(entry: RunEntry, varied: Sequence[str]) -> dict[str, str]:
 def _own_facts(entry: RunEntry) -> dict[str, str]:
     """What the runs of one arm must share beside that; other arms may have no such thing."""
     stem = (entry.record["config"].get("model") or {}).get("stem") or {}
-    batch = (entry.record.get("placement") or {}).get("per_device_batch")
-    return {"images that batch norm sees": str(batch)} if stem.get("norm") == "batch" and batch is not None else {}
-
-
-def covers(prefixes: Sequence[str], key: str) -> bool:
-    """Whether a dotted key is one of these, or lies below one."""
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def flat_config(entry: RunEntry) -> dict[str, Any]:
-    """Dotted key -> value of a run's config, without labels and places."""
-    return {key: value for key, value in _flatten(entry.record["config"]).items() if not covers(_NOT_AN_ARM, key)}
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
-def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which configurations differ, in their order."""
-    seen: dict[str, set[str]] = {}
-    for config in configs:
-        for key, value in config.items():
-            seen.setdefault(key, set()).add(repr(value))
-    return [k for k, found in seen.items() if len(found) > 1 or any(k not in config for config in configs)]
+    placement = entry.record.get("placement") or {}
+    batch = placement.get("per_device_batch")
+    if batch is None or not placement.get("batch_norm", stem.get("norm") == "batch"):
+        return {}
+    if placement.get("accelerator") == "cuda":  # the processes of a GPU run take their statistics together
+        batch *= placement.get("world_size", 1)
+    return {"images that batch norm sees": str(batch)}
 
 
 def _set_points(arms: Sequence[Arm]) -> None:
@@ -378,15 +384,26 @@ def _set_points(arms: Sequence[Arm]) -> None:
 
 def _name_apart(found: Ablation) -> None:
     """Arms of two sources that have one label: one arm where they are the same, else the source's name is added."""
-    first: dict[str, Arm] = {}
+    known: dict[str, list[Arm]] = {}
+    taken = {arm.label for arm in found.arms}
     stands_for: dict[int, Arm] = {}
     for arm in found.arms:
-        same = first.setdefault(arm.label, arm)
-        if same is not arm and _is_same(arm, same):
+        others = known.setdefault(arm.label, [])
+        same = next((other for other in others if _is_same(arm, other)), None)
+        if same is not None:
+            for seed in arm.runs.keys() & same.runs.keys():
+                if arm.runs[seed].name != same.runs[seed].name:
+                    found.left_out.append(_left(arm.runs[seed], "repeated", f"{same.source} has this arm and seed too"))
             same.runs = {**arm.runs, **same.runs}
+            same.setups = {**arm.setups, **same.setups}
             stands_for[id(arm)] = same
-        elif same is not arm:
-            arm.label = f"{arm.label} ({arm.source})"
+            continue
+        others.append(arm)
+        if len(others) > 1:
+            label = f"{arm.label} ({arm.source})"
+            names = (label, *(f"{label} ({count})" for count in range(2, len(found.arms) + 2)))
+            arm.label = next(name for name in names if name not in taken)
+            taken.add(arm.label)
     found.arms = [arm for arm in found.arms if id(arm) not in stands_for]
     pairs = [(stands_for.get(id(a), a), stands_for.get(id(b), b)) for a, b in found.pairs]
     found.pairs = [pair for n, pair in enumerate(pairs) if not any(_is_pair(pair, other) for other in pairs[:n])]

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from eit_lab.report import stats
-from eit_lab.report.arms import Ablation, Arm, covers, differences
+from eit_lab.report.arms import Ablation, Arm, differences
+from eit_lab.report.keys import covers
 from eit_lab.report.metric import Metric
 from eit_lab.report.stats import Estimate, McNemar, SignFlip
 
@@ -128,7 +129,11 @@ def _correct(made: Sequence[Comparison]) -> list[Comparison]:
 
 def _caveats(arm: Arm, against: Arm) -> tuple[str, ...]:
     """What differs beside what was meant to: the set-up, or more than one factor where none was declared."""
-    found = differences(arm.setup, against.setup, "{key} ({a}; {b})")
+    both = [
+        source for source in arm.setups if source in against.setups
+    ]  # what one source has as factor is none of another's
+    setups = (arm.setups[both[0]], against.setups[both[0]]) if both else (arm.setup, against.setup)
+    found = differences(*setups, "{key} ({a}; {b})")
     if arm.declared and against.declared:
         return tuple(found)
     keys = [key for key in arm.point if arm.config.get(key) != against.config.get(key)]

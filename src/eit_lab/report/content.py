@@ -81,7 +81,7 @@ def differences_table(comparisons: Sequence[Comparison], metric: Metric) -> Tabl
         "comparison", "seeds", f"difference{unit}", "95% interval", "p, paired t", "p, sign-flip", "test that counts",
         "p, Holm", "differs at 5%",
     )  # fmt: skip
-    note = "paired by seed; in brackets the smallest p that the sign-flip test can give with so many seeds"
+    note = "in brackets the smallest p that the sign-flip test can give with so many seeds"
     return Table("differences", "Differences, paired by seed", columns, rows, note=note)
 
 

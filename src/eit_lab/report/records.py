@@ -15,6 +15,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -104,6 +105,11 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
     found: list[Source] = []
     for path in dict.fromkeys(path.resolve() for path in paths):
         found += _read_jsonl(path) if path.is_file() else [_read_folder(path)]
+    names: Counter[str] = Counter()
+    for place, source in enumerate(found):  # two folders of one name are two sources
+        names[source.name] += 1
+        if names[source.name] > 1:
+            found[place] = dataclasses.replace(source, name=f"{source.name}-{names[source.name]}")
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "±": r"$\pm$",
-    "×": r"$\times$", "−": r"$-$",
+    "×": r"$\times$", "−": r"$-$", "≥": r"$\geq$", "≤": r"$\leq$",
 }  # fmt: skip
 _COLUMNS = 110
 _MINUS = re.compile(r"(?<![\w.)\]-])-(?=\d)")
@@ -67,7 +67,7 @@ def latex_table(table: Table) -> str:
     lines = [
         r"\begin{table}[tbp]",
         r"  \centering",
-        rf"  \caption{{{latex(table.title)}{f'. {latex(table.note)}' if table.note else ''}}}",
+        rf"  \caption{{{latex(table.title)}{f'. {latex(table.note[0].upper() + table.note[1:])}' if table.note else ''}}}",
         rf"  \label{{tab:{table.stem.replace('_', '-')}}}",
         rf"  \begin{{tabular}}{{{'l' * table.texts}{'r' * (len(table.columns) - table.texts)}}}",
         r"    \toprule",

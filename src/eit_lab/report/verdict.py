@@ -80,7 +80,7 @@ def _p(one: Comparison) -> str:
 def _judgement(one: Comparison) -> str:
     found = one.estimate
     assert found is not None, "two seeds or more"
-    if found.mean == 0 or (found.is_constant and abs(found.mean) < 1e-9):
+    if found.is_constant and abs(found.mean) < 1e-9:
         return "no difference."
     if one.is_significant:
         holds_zero = not found.is_constant and found.low <= 0 <= found.high

@@ -176,11 +176,13 @@ def _help() -> str:
 
     width = min(120, max(80, shutil.get_terminal_size().columns))
     lines = [_HEAD]
-    for field in dataclasses.fields(SearchOptions):
+    fields = dataclasses.fields(SearchOptions)
+    column = 2 + max(len(field.name) for field in fields) + 2
+    for field in fields:
         default = field.default
         shown = "" if default is None or default == () else f"  [{default}]"
-        line = f"  {field.name:<14}{field.metadata['help']}{shown}"
-        lines += textwrap.wrap(line, width, subsequent_indent=" " * 16, break_on_hyphens=False)
+        line = f"  {field.name:<{column - 2}}{field.metadata['help']}{shown}"
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * column, break_on_hyphens=False)
     return "\n".join(lines)
 
 

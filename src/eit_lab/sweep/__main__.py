@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,19 +114,20 @@ def _cancel(folder: Path) -> int:
 
 
 def _stop_launchers(manifest: Manifest) -> list[str]:
-    """Ask the launchers of local jobs to stop; they hand it on, and wait until the states are saved."""
+    """Ask the launchers to stop whose jobs end with them; they hand it on, and wait until the states are saved."""
     from eit_lab.manifest import is_alive
 
     said = []
-    local = {job.by for job in manifest.jobs.values() if job.state == "running" and job.handle.startswith("local:")}
-    for launcher in sorted(local):
+    jobs = [job for job in manifest.jobs.values() if job.state == "running" and not job.handle.startswith("slurm:")]
+    for launcher in sorted({job.by for job in jobs}):
         host, pid, _ = launcher.rsplit("-", 2)
         if not is_alive(manifest.folder, launcher):
             continue
         if host != socket.gethostname():
             said.append(f"its launcher is process {pid} on {host}: give this command there")
             continue
-        os.kill(int(pid), signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(int(pid), signal.SIGTERM)
         said.append(f"process {pid}, the launcher, asked to stop: its jobs save their state and end")
     return said
 

@@ -247,4 +247,6 @@ def sweep_id(space: Space, options: SweepOptions, *, experiment: str | None = No
 def _counts(key: str) -> bool:
     """Whether a key can change what a sweep is about."""
     dotted = key.replace("/", ".")
+    if dotted == "checkpoint":  # a place of runs as a path; what is there counts
+        return True
     return dotted != "seed" and not any(dotted == p or dotted.startswith(f"{p}.") for p in (*PLACEMENT, "hydra"))

@@ -14,7 +14,7 @@ from eit_lab.sweep.local import LocalEngine, build_slots
 def placed(config: Config, launcher: Launcher) -> Config:
     """The config of a job as this launcher will run it: its placement may follow from the launcher, its result never does."""
     if isinstance(launcher, SlurmLauncher):
-        from eit_lab.sweep.slurm import place_slurm
+        from eit_lab.sweep.slurm_submit import place_slurm
 
         return place_slurm(config, launcher)
     return config

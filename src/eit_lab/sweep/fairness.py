@@ -38,7 +38,8 @@ def compare_arms(sweep: Sweep, facts: Sequence[DataFacts]) -> None:
     for arm, places in arms.items():
         first = content[places[0]]
         for place in places[1:]:
-            keys = [key for key in _differing([first, content[place]]) if key not in factor]
+            named = {key: "checkpoint" if key == CHECKPOINT else key for key in _differing([first, content[place]])}
+            keys = [key for key, name in named.items() if name not in factor]
             if keys:
                 seeds = [str(sweep.points[n].config.seed) for n in (places[0], place)]
                 _show(keys, {f"seed {seed}": at for seed, at in zip(seeds, (first, content[place]), strict=True)})

@@ -36,6 +36,7 @@ _SPEED_S = 1.0  # of measuring one arm
 _ALL_S = 60.0  # of measuring, and of counting, all arms
 _RECORDS = 3  # of an arm's finished runs that are asked how fast they were
 _ROWS = 40
+_MEASURED = "measured, "
 _ADAM_STATES = 2
 _BYTES = {"bf16-true": 2, "16-true": 2, "64-true": 8}  # of a weight; 4 for any other precision
 _STATE_BYTES = 100_000  # of a checkpoint beside its weights: random states, loops, names of parameters
@@ -58,6 +59,8 @@ class ArmCost:
     """Where the speed is from, or why there is none."""
     device_hours: float | None = None
     """Of the jobs still to do."""
+    at_most: bool = False
+    """The speed is one without torch.compile, which the jobs train with: they need fewer hours, nobody knows how many."""
     disk_bytes: int | None = None
     """Of all its runs, at most."""
 
@@ -126,6 +129,9 @@ class _Look:
         for arm, places in zip(arms, self.sweep.arms().values(), strict=True):
             if arm.waiting:
                 arm.img_per_s, arm.source = self._speed(places)
+                compiled = self.sweep.points[places[0]].config.trainer.compile
+                arm.at_most = compiled and arm.source.startswith(_MEASURED)
+                arm.source += ", not compiled" if arm.at_most else ""
                 images = sum(self._images(place) for place in places if self.identities[place] not in self.finished)
                 arm.device_hours = images / arm.img_per_s / 3600 if arm.img_per_s else None
             else:
@@ -172,7 +178,7 @@ class _Look:
                 self.speeds[key] = known
         if not known.get("img_per_s"):
             return None, f"not measured: {known['error']}"
-        return float(known["img_per_s"]), f"measured, {known['device']}"
+        return float(known["img_per_s"]), f"{_MEASURED}{known['device']}"
 
     def _some_finished(self, places: Sequence[int]) -> list[int]:
         return [place for place in places if self.identities[place] in self.finished][:_RECORDS]
@@ -229,7 +235,7 @@ class _Look:
                 else f"{arm.img_per_s:,.3g}"
                 if arm.img_per_s < 100
                 else f"{arm.img_per_s:,.0f}",
-                _hours(arm.device_hours),
+                ("< " if arm.at_most else "") + _hours(arm.device_hours),
                 "-" if arm.disk_bytes is None else _size(arm.disk_bytes),
                 arm.source,
             )
@@ -242,10 +248,13 @@ class _Look:
         jobs, waiting = len(self.sweep.points), sum(arm.waiting for arm in arms)
         limit, hours, disk = self.sweep.declaration.budget, device_hours(arms), disk_of(arms)
         free = self._free_bytes()
-        unknown = sum(arm.device_hours is None for arm in arms)
+        unknown, bounded = sum(arm.device_hours is None for arm in arms), sum(arm.at_most for arm in arms)
+        if bounded and unknown:  # neither at least nor at most
+            hours = device_hours([arm for arm in arms if not arm.at_most])
         parts = [
             f"{waiting} of {jobs} jobs to do",
             ("" if not unknown else "at least " if hours else "unknown ")
+            + ("fewer than " if bounded and not unknown else "")
             + (f"{_hours(hours)} " if hours or not unknown else "")
             + f"device-hours{_of(limit.device_hours, '')}",
             f"{_size(disk)} on disk at most{_of(limit.disk_gb, ' GB')}, {_size(free)} free",
@@ -257,11 +266,17 @@ class _Look:
             lines.append(
                 f"budget.device_hours={limit.device_hours:g} says nothing of {unknown} of the arms: their speed is not known"
             )
+        if bounded and limit.device_hours is not None and hours > limit.device_hours:
+            lines.append(
+                f"budget.device_hours={limit.device_hours:g} is not held against {bounded} of the arms: they train with "
+                "torch.compile, and were measured without"
+            )
         return "\n".join(lines)
 
     def hold_against_budget(self, arms: Sequence[ArmCost]) -> None:
         """Ask or refuse where the budget is too small; refuse where the disk is."""
-        limit, hours, disk = self.sweep.declaration.budget, device_hours(arms), disk_of(arms)
+        limit, disk = self.sweep.declaration.budget, disk_of(arms)
+        hours = device_hours([arm for arm in arms if not arm.at_most])
         over = []
         if limit.device_hours is not None and hours > limit.device_hours:
             over.append(f"{_hours(hours)} device-hours, and budget.device_hours is {limit.device_hours:g}")

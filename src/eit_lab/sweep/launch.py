@@ -19,14 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError
 from eit_lab.compose import Point
 from eit_lab.config import ConfigError
 from eit_lab.data.prepare import prepare
 from eit_lab.launchers import Launcher, SlurmLauncher, load_launcher
 from eit_lab.loading import dump
-from eit_lab.manifest import FINAL, Entry, Journal, Manifest, add_jobs, is_alive, locked
+from eit_lab.manifest import FINAL, Entry, Journal, Manifest, ManifestJob, add_jobs, is_alive, locked
 from eit_lab.runs import DataFacts, code_state, holder, identity, read_record, run_name, versions, write_text
+from eit_lab.signals import SAME_S
 from eit_lab.sweep.arms import Sweep
 from eit_lab.sweep.engine import Ended, Engine, Job
 from eit_lab.sweep.engines import build_engine, placed
@@ -38,6 +39,7 @@ from eit_lab.sweep.screen import Screen
 _POLL_S = 0.2
 _ELSEWHERE_S = 1.0
 _ERROR_LINES = 8
+_LAST_S = 10.0  # after Ctrl-C for the second time, for jobs to end by themselves
 _ANOTHER_SWEEP = ""  # who has a job whose run another sweep, or a command of its own, is busy with
 
 
@@ -67,6 +69,11 @@ def launch(sweep: Sweep, argv: Sequence[str], *, module: str = "eit_lab.train") 
         manifest = _write(sweep, entries, [job for job in jobs if job.identity not in finished], argv, folder=folder)
         print(f"sweep {folder.name}: {len(jobs)} jobs, folder {folder}", flush=True)
         return _Launch(folder, manifest, jobs, engine, launcher).run(finished)
+    except BrokenPipeError:  # the reader of our output has gone: command.run knows
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunError(f"sweep {folder.name} stopped: {error.strerror}{where}; the same command goes on") from error
     finally:
         engine.close()
 
@@ -148,6 +155,7 @@ class _Launch:
         """How each job that has ended did so."""
         self.broken = False
         """A job failed, and the sweep is not to go on."""
+        self.began = time.time()
         self.journal = Journal(folder)
 
     def run(self, finished: set[str]) -> int:
@@ -181,10 +189,7 @@ class _Launch:
                     screen.say(f"{self._head(job)}: failed before, left as it is (hydra.launcher.retry_failed=false)")
                 elif known.state in ("submitted", "running") and is_alive(self.folder, known.by):
                     self.elsewhere[identity_] = known.by
-                elif known.state in ("submitted", "running") and self.engine.adopt(job, known.handle):
-                    events.append({"job": identity_, "state": known.state, "handle": known.handle})
-                    self.active[identity_] = job
-                    self.queued.add(identity_)
+                elif known.state in ("submitted", "running") and self._adopt(job, known):
                     screen.say(f"{self._head(job)}: found {known.handle}, which an earlier command started")
                 else:
                     self.waiting.append(job)
@@ -199,6 +204,8 @@ class _Launch:
                 self._start(screen)
             for signum in signals.take():
                 self._hand_on(signum)
+            if signals.out_of_patience():
+                self._hand_on(signal.SIGKILL)
             for job, ended in self.engine.poll():
                 self._end(job, ended, signals, screen)
             self._note_begun()
@@ -239,12 +246,18 @@ class _Launch:
             while self.waiting and len(batch) < room:
                 job = self.waiting.popleft()
                 known = self.manifest.jobs[job.identity]
-                mine = known.by == self.journal.name
-                if not mine and known.state in ("submitted", "running") and is_alive(self.folder, known.by):
+                others = known.by != self.journal.name
+                meanwhile = others and known.since > self.began
+                if others and known.state in ("submitted", "running") and is_alive(self.folder, known.by):
                     self.elsewhere[job.identity] = known.by
-                elif not mine and known.state == "finished" and _is_finished(job):
+                elif others and known.state in ("submitted", "running") and self._adopt(job, known):
+                    screen.say(f"{self._head(job)}: found {known.handle}, which another launcher started")
+                elif others and known.state == "finished" and (meanwhile or _is_finished(job)):
                     self.outcome[job.identity] = "finished"
                     screen.say(f"{self._head(job)}: finished by another launcher")
+                elif meanwhile and known.state == "failed":
+                    self.outcome[job.identity] = "failed"
+                    screen.say(f"{self._head(job)}: failed at another launcher: {known.said}", style="red")
                 elif (who := holder(job.folder)) is not None:
                     self.elsewhere[job.identity] = _ANOTHER_SWEEP
                     screen.say(f"{self._head(job)}: is being run by {who}, not by this sweep: waiting for it")
@@ -265,6 +278,15 @@ class _Launch:
             self.active[job.identity] = job
             if self.engine.survives:
                 self.queued.add(job.identity)
+
+    def _adopt(self, job: Job, known: ManifestJob) -> bool:
+        """Follow what another launcher, which is gone, has left with the engine. Call inside the lock."""
+        if not self.engine.adopt(job, known.handle):
+            return False
+        self.journal.write([{"job": job.identity, "state": known.state, "handle": known.handle}])
+        self.active[job.identity] = job
+        self.queued.add(job.identity)
+        return True
 
     def _note_begun(self) -> None:
         begun = [i for i in self.queued if self.engine.is_running(self.active[i])]
@@ -288,11 +310,7 @@ class _Launch:
             elif not alive[launcher]:
                 del self.elsewhere[identity_]
                 job = self.jobs[identity_]
-                if self.engine.adopt(job, known.handle):
-                    self.active[identity_] = job
-                    self.queued.add(identity_)
-                else:
-                    self.waiting.append(job)
+                self.waiting.append(job)  # _start() finds out, inside the lock, whether the engine still has it
                 screen.say(f"{self._head(job)}: its launcher is gone, taken over")
 
     def _take_back(self, job: Job, screen: Screen) -> None:
@@ -317,9 +335,12 @@ class _Launch:
             screen.say(f"{self._head(job)}: test top-1 {accuracy:.2f}%, {record['seconds']:.0f} s")
             return
         asked = signals.received is not None or self.broken
-        if ended.status in (EXIT_INTERRUPTED, EXIT_PREEMPTED) or (asked and ended.status == -(signals.received or 0)):
+        told = {*signals.seen, *([signal.SIGTERM] if self.broken else []), *([signal.SIGKILL] if signals.out_of_patience() else [])}  # fmt: skip
+        if ended.status in (EXIT_INTERRUPTED, EXIT_PREEMPTED) or -(ended.status or 0) in told:
             state = "interrupted" if ended.status == EXIT_INTERRUPTED else "preempted"
-            self._note(job, state, ended, "stopped as asked, its state is saved" if (ended.status or 0) > 0 else "stopped before it began")  # fmt: skip
+            at_once = "stopped at once" if signals.out_at is not None else "stopped before it began"
+            saved = (ended.status or 0) > 0 and signals.out_at is None
+            self._note(job, state, ended, "stopped as asked, its state is saved" if saved else at_once)
             screen.say(f"{self._head(job)}: stopped as asked, the same command goes on")
             return
         said = _why(job, ended, record)
@@ -362,7 +383,8 @@ class _Launch:
         print(f"{len(self.jobs)} jobs in {seconds:.0f} s: {finished} finished, {len(failed)} failed{rest}")
         for job in failed:
             print(f"failed: {self._head(job)}, log {job.log}", file=sys.stderr)
-        if (script := _write_sync(self.folder, self.jobs.values())) is not None:
+        runs = [self.folder / job.entry.folder for job in self.manifest.jobs.values()]  # of other launches too
+        if (script := _write_sync(self.folder, [*runs, *(job.folder for job in self.jobs.values())])) is not None:
             print(f"W&B: not all is on the server yet; to send it: sh {script}")
         return signals.exit_status() or (EXIT_FAILED if failed else 0 if self.engine.survives else stopped)
 
@@ -372,6 +394,10 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.seen: set[int] = set()
+        self.out_at: float | None = None
+        """When Ctrl-C came for the second time."""
+        self._interrupted_at: float | None = None
         self._new: list[int] = []
         self._before: Mapping[int, Any] = {}
 
@@ -384,8 +410,18 @@ class _Signals:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupted_at = self._interrupted_at or now
+            if self.out_at is None and now - self._interrupted_at > SAME_S:
+                self.out_at = now
         self.received = signum
+        self.seen.add(signum)
         self._new.append(signum)
+
+    def out_of_patience(self) -> bool:
+        """Whether a job that still runs has not even heard the second Ctrl-C: stuck where Python's handlers are not called."""
+        return self.out_at is not None and time.monotonic() - self.out_at > _LAST_S
 
     def take(self) -> list[int]:
         """The signals that came since the last call."""
@@ -425,9 +461,9 @@ def _log_tail(job: Job) -> list[str]:
     return [line for line in text.splitlines() if line.strip()][-_ERROR_LINES:]
 
 
-def _write_sync(folder: Path, jobs: Sequence[Job] | Any) -> Path | None:
-    """sync.sh, a line for each job whose W&B data is on disk only; None where there is no such job."""
-    records = [read_record(job.folder) for job in jobs if job.folder.is_dir()]
+def _write_sync(folder: Path, runs: Sequence[Path]) -> Path | None:
+    """sync.sh, a line for each run whose W&B data is on disk only; None where there is no such run."""
+    records = [read_record(run) for run in dict.fromkeys(run.resolve() for run in runs) if run.is_dir()]
     lines = [record["sync"].partition("to send it: ")[2] for record in records if record and record.get("sync")]
     script = folder / "sync.sh"
     if not lines:

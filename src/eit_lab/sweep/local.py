@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from eit_lab.command import RunError
@@ -23,6 +24,7 @@ from eit_lab.sweep.engine import Ended, Job
 _TELL_S = 10.0
 _LAST_LINES = 5
 _POLL_S = 0.05
+_MOST_DEATHS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Slot:
         if not self.cores:
             return 0
         ranks = count_ranks(config) if _is_number(config) else max(1, len(self.devices))
-        return int(os.environ.get("OMP_NUM_THREADS", max(1, len(self.cores) // ranks)))
+        told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a number for each level of nesting
+        return int(told) if told.isdigit() and int(told) else max(1, len(self.cores) // ranks)
 
     def environment(self, config: Config) -> dict[str, str]:
         """Of a job in this slot."""
@@ -129,10 +132,10 @@ class LocalEngine:
     def poll(self) -> list[tuple[Job, Ended]]:
         """The jobs that ended since the last call."""
         ended = []
-        for number, status in self._forker.ended():
+        for number, how in self._forker.ended():
             job = self._jobs.pop(number)
             self._free.append(self._slot.pop(job))
-            ended.append((job, Ended(status, how(status))))
+            ended.append((job, how))
         return ended
 
     def wait(self, seconds: float) -> None:
@@ -154,9 +157,9 @@ class LocalEngine:
         self._forker.close()
 
 
-def how(status: int) -> str:
-    """An exit status in words; "" for a plain one."""
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else ""
+def _how(status: int) -> Ended:
+    """An exit status, a signal also in words."""
+    return Ended(status, f"killed by {signal.Signals(-status).name}" if status < 0 else "")
 
 
 def _clean_environment() -> dict[str, str]:
@@ -185,12 +188,12 @@ class _Starter:
             os.sched_setaffinity(process.pid, slot.cores)
         self._processes[number] = process
 
-    def ended(self) -> list[tuple[int, int]]:
+    def ended(self) -> list[tuple[int, Ended]]:
         done = [(number, process.poll()) for number, process in self._processes.items()]
         for number, status in done:
             if status is not None:
                 del self._processes[number]
-        return [(number, status) for number, status in done if status is not None]
+        return [(number, _how(status)) for number, status in done if status is not None]
 
     def wait(self, seconds: float) -> None:
         time.sleep(min(seconds, _POLL_S))
@@ -213,6 +216,10 @@ class _Forker:
         self._selector = selectors.DefaultSelector()
         self._rest = b""
         self._running: set[int] = set()
+        self._obeyed = False
+        """Whether the template has ever answered."""
+        self._deaths = 0
+        """Templates in a row that ended before any of their jobs did."""
 
     def start(self, number: int, job: Job, slot: Slot) -> None:
         self._running.add(number)
@@ -228,17 +235,30 @@ class _Forker:
             }
         )
 
-    def ended(self) -> list[tuple[int, int]]:
+    def ended(self) -> list[tuple[int, Ended]]:
         if self._template is None or not self._selector.select(timeout=0):
             return []
         assert self._template.stdout is not None
         new = os.read(self._template.stdout.fileno(), 1 << 20)
         if not new:
-            raise RunError(f"the process that jobs are forked from has ended: {self._last_words()}")
+            return self._lost()
         *lines, self._rest = (self._rest + new).split(b"\n")
-        done = [(answer["id"], answer["status"]) for answer in map(json.loads, lines) if "status" in answer]
+        answers = [json.loads(line) for line in lines]
+        self._obeyed |= bool(answers)
+        done = [(answer["id"], _how(answer["status"])) for answer in answers if "status" in answer]
         self._running.difference_update(number for number, _ in done)
+        self._deaths = 0 if done else self._deaths
         return done
+
+    def _lost(self) -> list[tuple[int, Ended]]:
+        """The template has ended, killed as a rule, and its jobs with it; the next job gets a new one."""
+        self._deaths += 1
+        said = f"the process that jobs are forked from has ended: {self._last_words()}"
+        if not self._obeyed or self._deaths > _MOST_DEATHS:
+            raise RunError(said)
+        lost, self._running = sorted(self._running), set()
+        self.close()
+        return [(number, Ended(-signal.SIGKILL, said)) for number in lost]
 
     def wait(self, seconds: float) -> None:
         self._selector.select(seconds) if self._template is not None else time.sleep(seconds)
@@ -253,17 +273,20 @@ class _Forker:
         assert self._template.stdout is not None
         for number in self._running:
             self.signal(number, signal.SIGKILL)
-        self._selector.close()
-        self._template.stdin.close()
+        self._selector.unregister(self._template.stdout)
+        with suppress(BrokenPipeError):
+            self._template.stdin.close()
         try:
             self._template.wait(_TELL_S)
         except subprocess.TimeoutExpired:
             self._template.kill()
             self._template.wait()
         self._template.stdout.close()
+        self._template, self._rest = None, b""
 
     def _order(self, order: dict[str, object]) -> None:
         if self._template is None:
+            self._obeyed = False
             with self._log.open("ab") as log:
                 self._template = subprocess.Popen(
                     [sys.executable, "-m", "eit_lab.sweep.template"],
@@ -276,11 +299,9 @@ class _Forker:
             assert self._template.stdout is not None
             self._selector.register(self._template.stdout, selectors.EVENT_READ)
         assert self._template.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended: ended() finds that out, and says what became of its jobs
             self._template.stdin.write(f"{json.dumps(order)}\n".encode())
             self._template.stdin.flush()
-        except BrokenPipeError:
-            raise RunError(f"the process that jobs are forked from has ended: {self._last_words()}") from None
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []

@@ -10,6 +10,7 @@ A private cluster listens on the loopback only, asks for a password of its own, 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
@@ -121,7 +122,7 @@ class RayEngine:
         import ray
 
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="eit_lab", **private)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="eit_lab", **private)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(

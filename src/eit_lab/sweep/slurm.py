@@ -2,39 +2,29 @@
 
 A job is known by its number in Slurm for as long as it lives, however often it is requeued: at a time limit, at a preemption
 (both in slurm_job.py, on the node), when its node fails (Slurm itself), or here, where none of these could. So a launcher may
-end and another take its jobs over. Everything submitit writes lies in ``jobs/submitit/TOKEN/`` of the sweep, a token for each
-call of sbatch, which the job carries as its comment: that is how jobs are found again whose launcher was killed before it
-could write their numbers down.
+end and another take its jobs over; jobs whose launcher was killed before it could write their numbers down are found again by
+the token of the call that submitted them (slurm_submit.py).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import re
-import secrets
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError
-from eit_lab.config import Config, ConfigError, WandbLogger
+from eit_lab.config import Config, ConfigError
 from eit_lab.launchers import SlurmLauncher
-from eit_lab.loading import dump, load
-from eit_lab.processes import LAUNCH_VARIABLES
-from eit_lab.runs import Run, read_record, write_text
+from eit_lab.runs import Run, read_record
 from eit_lab.sweep.engine import Ended, Job
-from eit_lab.sweep.slurm_job import FrozenJob, stop_file
+from eit_lab.sweep.slurm_job import first_words, stop_file
 from eit_lab.sweep.slurm_queue import (
     ENDED,
     NEVER,
@@ -46,83 +36,15 @@ from eit_lab.sweep.slurm_queue import (
     read_queue,
     squeue_command,
 )
+from eit_lab.sweep.slurm_submit import COMMENT, Submitter
 
 _HANDLE = "slurm:"
-_COMMENT = "eit_lab:"
 _ROOM = 100_000  # jobs at once: how many may wait in the queue is the cluster's to say
 _MOST_POLL_S = 60.0
 _PATIENCE_S = 600.0  # for a controller that does not answer when a launcher starts and must know what runs
 _FRESH_S = 2.0
 _SETTLE_S = 60.0  # until a record written on another machine is seen here, at worst
-_ARRAY = 1001  # Slurm's own MaxArraySize
 _LOG_BYTES = 4096
-_EARLY = "USR2,TERM,INT"
-"""Signals that wait from the start of a job's process until our handlers are there."""
-_OURS = ("array", "signal", "output", "error", "open-mode", "requeue", "no-requeue", "job-name", "comment")
-_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_CONF_SERVER")
-_BINDING = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one job takes of the cluster; jobs of an array take the same."""
-
-    nodes: int
-    tasks: int
-    """On each node, one for each device."""
-    gpus: int
-    """Of each node."""
-
-
-def place_slurm(config: Config, launcher: SlurmLauncher) -> Config:
-    """The config with trainer.devices and trainer.num_nodes as the launcher's nodes and tasks have them.
-
-    Raises ConfigError in one line where both are set and do not agree, or the batch cannot be shared among so many.
-    """
-    needs, trainer = _needs(config, launcher), config.trainer
-    if (trainer.devices, trainer.num_nodes) == (needs.tasks, needs.nodes):
-        return config
-    plain = dump(config)
-    plain["trainer"] |= {"devices": needs.tasks, "num_nodes": needs.nodes}
-    return load(plain)  # which checks that the batch can be shared among so many
-
-
-def _needs(config: Config, launcher: SlurmLauncher) -> Needs:
-    trainer = config.trainer
-    devices = _count(trainer.devices)
-    tasks = launcher.tasks_per_node or devices or 1
-    if devices not in (None, tasks):
-        raise ConfigError(
-            "hydra.launcher.tasks_per_node must be trainer.devices, one process for each device, "
-            f"got {tasks} and {devices}; nearest: {devices}"
-        )
-    nodes = launcher.nodes or trainer.num_nodes
-    if trainer.num_nodes not in (1, nodes):
-        raise ConfigError(
-            f"hydra.launcher.nodes must be trainer.num_nodes, got {nodes} and {trainer.num_nodes}; "
-            f"nearest: {trainer.num_nodes}"
-        )
-    gpus = launcher.gpus_per_node
-    if gpus is None:
-        gpus = 0 if trainer.accelerator == "cpu" else tasks
-    wanted = tasks if trainer.accelerator in ("gpu", "cuda") or (gpus and trainer.accelerator == "auto") else 0
-    if gpus < wanted:
-        raise ConfigError(
-            f"hydra.launcher.gpus_per_node must be {wanted} or more, one for each of a node's processes, got {gpus}; "
-            f"nearest: {wanted}"
-        )
-    return Needs(nodes, tasks, gpus)
-
-
-def _count(devices: Any) -> int | None:
-    """trainer.devices as a number; None for all there are. Which ones they are is Slurm's choice."""
-    if devices in ("auto", -1, "-1"):
-        return None
-    if isinstance(devices, int) or (isinstance(devices, str) and devices.isdigit()):
-        return int(devices)
-    raise ConfigError(
-        f"trainer.devices must be a number or auto with hydra/launcher=slurm, which chooses the devices, got {devices!r}"
-    )
 
 
 class SlurmEngine:
@@ -131,22 +53,11 @@ class SlurmEngine:
     survives = True
 
     def __init__(self, launcher: SlurmLauncher, *, folder: Path, module: str = "eit_lab.train") -> None:
-        for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
-            if shutil.which(name) is None:
-                raise ConfigError(f"hydra/launcher=slurm needs Slurm's {name}, which is not on PATH; nearest: local")
-        if importlib.util.find_spec("submitit") is None:
-            raise ConfigError(
-                "hydra/launcher=slurm needs submitit, which is not installed; pip install 'eit_lab[slurm]'"
-            )
-        for key in launcher.additional_parameters or {}:
-            if key.replace("_", "-") in _OURS:
-                raise ConfigError(
-                    f"hydra.launcher.additional_parameters.{key} must be left out: eit_lab sets it itself"
-                )
-        self._launcher, self._module = launcher, module
-        self._folder = folder.absolute() / "jobs" / "submitit"
-        self._name = f"eit_lab-{re.sub(r'[^A-Za-z0-9_.-]', '_', folder.absolute().name)}"
+        self._launcher = launcher
+        self._submitter = Submitter(launcher, folder=folder, module=module)
         self._ids: dict[Job, str] = {}
+        self._followed: set[str] = set()
+        """Every number there ever was in the line above."""
         self._seen: dict[str, Seen] = {}
         self._missed: dict[str, int] = {}
         self._odd_since: dict[str, float] = {}
@@ -159,7 +70,6 @@ class SlurmEngine:
         self._said: set[str] = set()
         self._taken: dict[str, Seen] = {}
         self._taken_at = -math.inf
-        self._array = 0
 
     # ------------------------------------------------------------------------------------------------------------ start
 
@@ -173,22 +83,16 @@ class SlurmEngine:
 
     def start(self, jobs: Sequence[Job]) -> list[str]:
         """Submit jobs, those with the same needs as one array, but for those that are in the queue already."""
-        living = self._find_living()
-        groups: dict[Needs, list[Job]] = {}
+        living = {identity: id_ for identity, id_ in self._find_living().items() if id_ not in self._followed}
+        numbers = {job: living[job.identity] for job in jobs if job.identity in living}
+        numbers |= self._submitter.submit([job for job in jobs if job not in numbers])
         for job in jobs:
-            if (found := living.get(job.identity)) is not None:
-                self._follow(job, found)
-            else:
-                groups.setdefault(_needs(job.config, self._launcher), []).append(job)
-        for needs, group in groups.items():
-            for first in range(0, len(group), self._array_size()):
-                chunk = group[first : first + self._array_size()]
-                for job, id_ in zip(chunk, self._submit(chunk, needs), strict=True):
-                    self._follow(job, id_)
+            self._follow(job, numbers[job])
         return [f"{_HANDLE}{self._ids[job]}" for job in jobs]
 
     def _follow(self, job: Job, id_: str) -> None:
         self._ids[job] = id_
+        self._followed.add(id_)
         self._ask_anew()  # an answer on its way may be from before this job was there
 
     def _ask_anew(self) -> None:
@@ -196,77 +100,6 @@ class SlurmEngine:
             self._question.drop()
             self._question = None
         self._ask_at = time.monotonic() + min(1.0, self._launcher.poll_s)
-
-    def _submit(self, jobs: Sequence[Job], needs: Needs) -> list[str]:
-        """One call of sbatch; the jobs' numbers."""
-        token = secrets.token_hex(4)
-        folder = self._folder / token
-        folder.mkdir(parents=True)
-        write_text(folder / "jobs.json", json.dumps([job.identity for job in jobs]) + "\n")
-        for job in jobs:
-            stop_file(job.frozen).unlink(missing_ok=True)
-        with _clean_environment():
-            from submitit import SlurmExecutor
-
-            executor = SlurmExecutor(folder, max_num_timeout=self._launcher.max_parts, python=_python())
-            executor.update_parameters(**self._parameters(needs, token))
-            try:
-                submitted = executor.submit_array([self._frozen_job(job) for job in jobs])
-            except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # its own errors are RuntimeErrors
-                raise RunError(f"Slurm does not take the jobs: {_refusal(error)}") from None
-        return [str(one.job_id) for one in submitted]
-
-    def _frozen_job(self, job: Job) -> FrozenJob:
-        logger = job.config.logger
-        closing = logger.finish_timeout_s if isinstance(logger, WandbLogger) else 0.0
-        return FrozenJob(
-            module=self._module,
-            frozen=str(job.frozen.absolute()),
-            log=str(job.log.absolute()),
-            max_parts=self._launcher.max_parts,
-            closing_s=closing,
-        )
-
-    def _parameters(self, needs: Needs, token: str) -> dict[str, Any]:
-        """Options of sbatch and srun, as submitit names them."""
-        o = self._launcher
-        srun = list(o.srun_args)
-        if o.cpus_per_task is not None:
-            srun.insert(0, f"--cpus-per-task={o.cpus_per_task}")  # since 22.05 srun no longer takes over sbatch's
-        if needs.nodes * needs.tasks > 1:
-            srun.insert(0, "--kill-on-bad-exit=1")  # no rank waits for one that has gone
-        more: dict[str, Any] = {"requeue": True, **(o.additional_parameters or {})}
-        if o.mem_gb is not None:
-            more["mem"] = f"{math.ceil(o.mem_gb * 1e9 / 2**20)}M"  # Slurm's M is 2**20 bytes
-        given = {
-            "job_name": self._name,
-            "comment": f"{_COMMENT}{token}",
-            "partition": o.partition,
-            "account": o.account,
-            "qos": o.qos,
-            "constraint": o.constraint,
-            "exclude": o.exclude,
-            "time": o.timeout_min,
-            "nodes": needs.nodes,
-            "ntasks_per_node": needs.tasks,
-            "gpus_per_node": needs.gpus or None,
-            "cpus_per_task": o.cpus_per_task,
-            "signal_delay_s": o.signal_delay_s,
-            "array_parallelism": o.array_parallelism,
-            "setup": list(o.setup) or None,
-            "stderr_to_stdout": True,
-            "srun_args": srun or None,
-            "additional_parameters": more,
-        }
-        return {key: value for key, value in given.items() if value is not None}
-
-    def _array_size(self) -> int:
-        """Most tasks of an array on this cluster."""
-        if not self._array:
-            text, _ = ask("scontrol", "show", "config")
-            found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text or "", re.MULTILINE)
-            self._array = max(1, int(found[1])) if found else _ARRAY
-        return self._array
 
     # ------------------------------------------------------------------------------------------------ jobs of before
 
@@ -286,12 +119,12 @@ class SlurmEngine:
 
     def _find_living(self) -> dict[str, str]:
         """The jobs of this sweep that are in the queue: their numbers by identity."""
-        listed = {path.parent.name: path for path in self._folder.glob("*/jobs.json")}
+        listed = {path.parent.name: path for path in self._submitter.folder.glob("*/jobs.json")}
         if not listed:
             return {}
         living, identities = {}, {}
         for seen in self._snapshot().values():
-            name = seen.comment.removeprefix(_COMMENT)
+            name = seen.comment.removeprefix(COMMENT)
             if seen.state not in ENDED and name in listed:
                 if name not in identities:
                     identities[name] = json.loads(listed[name].read_text())
@@ -316,7 +149,7 @@ class SlurmEngine:
             wait = min(2 * wait, _MOST_POLL_S)
 
     def _command(self) -> tuple[str, ...]:
-        return squeue_command(f"--user={os.getuid()}", f"--name={self._name}")
+        return squeue_command(f"--user={os.getuid()}", f"--name={self._submitter.name}")
 
     # ------------------------------------------------------------------------------------------------------------- poll
 
@@ -373,8 +206,13 @@ class SlurmEngine:
         record = _read(job.folder)
         finished = record is not None and record["status"] == "finished"
         if seen is None or seen.state not in ENDED:
-            said = f"Slurm no longer knows job {id_}, nor how it ended"
-            return Ended(0, "") if finished else Ended(None, said)
+            if finished:
+                return Ended(0, "")
+            last = self._seen.get(id_)
+            if id_ in self._stopping or (last is not None and last.state in PENDING):
+                # Of a task that is cancelled while it waits, nothing is left in the queue.
+                return Ended(EXIT_INTERRUPTED, f"cancelled while it waited (Slurm job {id_})")
+            return Ended(None, f"Slurm no longer knows job {id_}, nor how it ended")
         if finished and (seen.state == "COMPLETED" or _written_since(job.folder / "record.json", seen.started)):
             return Ended(0, "")
         where = f"Slurm job {id_} on {seen.nodes or 'no node'}"
@@ -395,7 +233,9 @@ class SlurmEngine:
         if status == EXIT_PREEMPTED:  # saved, but it could not requeue itself
             return self._bring_back(id_, seen, f"{where} was stopped with its state saved")
         if seen.state == "FAILED" and status is not None and status > 0:
-            return Ended(status, "")  # it has said why itself
+            if _has_begun(job, seen):
+                return Ended(status, "")  # it has said why itself
+            return self._fail(job, id_, seen, status, f"ended with status {status} before it began: {where}")
         if seen.state == "FAILED" and status is not None and status < 0:
             return self._fail(job, id_, seen, status, f"killed by {_signal_name(-status)}: {where}")
         return self._fail(job, id_, seen, status or EXIT_FAILED, f"{seen.state}: {where}")
@@ -415,7 +255,7 @@ class SlurmEngine:
 
     def _fail(self, job: Job, id_: str, seen: Seen, status: int, said: str) -> Ended:
         """A job that ended without being able to say why: Slurm's own lines go to the end of its log."""
-        logs = sorted(self._folder.glob(f"*/{id_}_0_log.out"))
+        logs = sorted(self._submitter.folder.glob(f"*/{id_}_0_log.out"))
         if logs:
             lines = [line for line in _tail(logs[-1]).splitlines() if line.strip() and not line.startswith("submitit ")]
             with suppress(OSError), job.log.open("a") as log:
@@ -482,6 +322,13 @@ def _last_checkpoint(job: Job) -> Path:
     return Run(job.folder, job.identity, "new").last_checkpoint
 
 
+def _has_begun(job: Job, seen: Seen) -> bool:
+    """Whether the present part of a job came as far as its first word (slurm_job.py)."""
+    with suppress(OSError):
+        return first_words(seen.id, seen.restarts + 1) in job.log.read_text(errors="replace")
+    return False
+
+
 def _written_since(path: Path, moment: float | None) -> bool:
     """Whether a file was written after a moment, by the clocks of machines that agree to a few seconds."""
     with suppress(OSError):
@@ -500,43 +347,3 @@ def _signal_name(signum: int) -> str:
         return signal.Signals(signum).name
     except ValueError:
         return f"signal {signum}"
-
-
-def _refusal(error: BaseException) -> str:
-    """What sbatch said, in one line, out of submitit's exception."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ours = [line for line in lines if line.startswith("sbatch: ")]
-    return re.sub(r"^sbatch: (error: )?", "", (ours or lines or [type(error).__name__])[-1])
-
-
-def _python() -> str:
-    """How a job's process is started, as a word of shell: with the signals blocked that come before our handlers are there.
-
-    A process that a signal meets before that would die, and its job with it. coreutils has had the option since 8.31.
-    """
-    python = shlex.quote(sys.executable)
-    with suppress(OSError):
-        done = subprocess.run(["env", f"--block-signal={_EARLY}", "true"], capture_output=True, check=False)
-        if done.returncode == 0:
-            return f"env --block-signal={_EARLY} {python}"
-    return python
-
-
-@contextmanager
-def _clean_environment() -> Iterator[None]:
-    """What sbatch hands on to jobs: nothing of the process that launches, which may be in a job of Slurm itself."""
-    inside = "SLURM_JOB_ID" in os.environ
-    taken = {
-        key: value
-        for key, value in os.environ.items()
-        if key in LAUNCH_VARIABLES
-        or key.startswith(("SUBMITIT_", "SLURMD_", "SRUN_"))
-        or (key.startswith("SLURM_") and key not in _KEPT)
-        or (inside and key in _BINDING)
-    }
-    for key in taken:
-        del os.environ[key]
-    try:
-        yield
-    finally:
-        os.environ.update(taken)

@@ -47,7 +47,7 @@ class FrozenJob:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
         logging.getLogger("submitit").setLevel(logging.CRITICAL)  # what it has to say we say, once
         self._open_log(rank)
-        print(f"Slurm job {job_name()}, part {part}, on {os.environ.get('SLURMD_NODENAME', '?')}", flush=True)
+        print(f"{first_words(job_name(), part)} on {os.environ.get('SLURMD_NODENAME', '?')}", flush=True)
         if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
             os.environ.setdefault("OMP_NUM_THREADS", cores)  # else torch counts the node's
         if stop_file(Path(self.frozen)).exists():
@@ -121,6 +121,11 @@ class FrozenJob:
         return status
 
 
+def first_words(job: str, part: int) -> str:
+    """How each part of a job begins its log."""
+    return f"Slurm job {job}, part {part},"
+
+
 def stop_file(frozen: Path) -> Path:
     """What tells a job that was asked to stop so, where the signal came before there was a process: Slurm forgets those."""
     return frozen.with_suffix(".stop")
@@ -158,7 +163,8 @@ def stays_out(seen: Seen, *, restarts: int) -> str | None:
     """Why this job, which has been requeued so often when this part began, is not to be requeued by itself; None: it is.
 
     At a time limit or a preemption without warning Slurm has ended the job when the signal comes: COMPLETING. Had it a
-    reason, it was the time limit; without one, somebody cancelled it.
+    reason, it was the time limit; without one, somebody cancelled it, or it was preempted in a way that cancels. The last
+    is brought back by the launcher (slurm.py), which sees the difference once the job has ended.
     """
     if seen.restarts > restarts:
         return "Slurm has requeued it already"
@@ -166,7 +172,7 @@ def stays_out(seen: Seen, *, restarts: int) -> str | None:
         return None
     if seen.state == "COMPLETING" and seen.reason == "TimeLimit":
         return None
-    return f"it is {seen.state}, as somebody wished; not requeued"
+    return f"Slurm is ending it ({seen.state}), and it was not the time limit: not requeued from here"
 
 
 def _wait_for_the_end() -> int:

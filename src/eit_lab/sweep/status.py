@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eit_lab.config import ConfigError
-from eit_lab.manifest import Manifest, ManifestJob, is_alive
+from eit_lab.manifest import Manifest, ManifestJob, is_alive, read_manifest
 from eit_lab.runs import read_record
 from eit_lab.units import duration
 
@@ -53,16 +53,19 @@ class Watch:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self._listed = _stamp(manifest.folder)
         self._first: dict[str, tuple[float, int]] = {}  # identity -> (time, step) when it was first seen at work
         self._alive: dict[str, tuple[float, bool]] = {}
 
     def refresh(self) -> None:
-        """Read what came since."""
+        """Read what came since: events, and jobs that another command has added."""
+        if (listed := _stamp(self.manifest.folder)) != self._listed:
+            self.manifest, self._listed = read_manifest(self.manifest.folder), listed
         self.manifest.refresh()
 
     def state(self, job: ManifestJob) -> str:
         """A job's state; ``lost`` where its launcher is gone without a word and its engine's jobs go with it."""
-        if job.state == "running" and job.handle.startswith("local:") and not self._is_alive(job.by):
+        if job.state == "running" and not job.handle.startswith("slurm:") and not self._is_alive(job.by):
             return "lost"
         return job.state
 
@@ -131,6 +134,14 @@ class Watch:
         """The failed and lost jobs, the last first."""
         bad = [job for job in self.manifest.jobs.values() if self.state(job) in ("failed", "lost")]
         return sorted(bad, key=lambda job: -job.since)
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    try:
+        stat = (folder / "sweep.json").stat()
+    except FileNotFoundError:
+        return 0, 0  # reading it says so in one line
+    return stat.st_mtime_ns, stat.st_ino
 
 
 def render(watch: Watch) -> RenderableType:

@@ -89,7 +89,10 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
     except BaseException as error:
         record["status"] = _status(error)
         known = isinstance(error, RunError | OSError)
-        record["error"] = _one_line(error, run) if known else traceback.format_exception_only(error)[-1].strip()
+        if isinstance(error, StoppedError):
+            record["error"] = str(error)
+        else:
+            record["error"] = _one_line(error, run) if known else traceback.format_exception_only(error)[-1].strip()
         record["error_lines"] = traceback.format_exc().splitlines()[-_LINES_OF_ERROR:]
         if isinstance(error, NotFiniteError) and is_main_process():
             record["nonfinite"] = error.facts
