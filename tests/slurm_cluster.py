@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, for as long as a test needs it: a controller and two nodes, all on the loopback.
+"""A real Slurm on this machine, for as long as a test needs it: a controller and two nodes, all at the machine's own address.
 
 Needs Debian's or Ubuntu's packages ``slurm-wlm`` and ``munge``, and root, but no systemd, no cgroups and no accounting.
 Everything it writes lies in one folder, every port is one that was free, its credentials come from a munged of its own, and
@@ -28,7 +28,7 @@ _STOP_S = 10.0
 # Slurm's own minutes are long for a test: what waits between two of its steps is set as short as it goes.
 _CONFIG = """\
 ClusterName=eitlab
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
@@ -36,6 +36,7 @@ AuthType=auth/munge
 CredType=cred/munge
 # A job that is requeued waits until its credentials have expired: 120 s unless told.
 AuthInfo=socket={root}/munge/socket,cred_expire=5
+# Listen where this machine's name leads, and nowhere else.
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/slurmd.%n.pid
@@ -67,8 +68,8 @@ SlurmdTimeout=60
 GresTypes={gres_type}
 # The nodes below may have more cores than this machine.
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {node}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} {node}
+NodeName=n1 NodeHostname={host} NodeAddr={address} Port={ports[1]} {node}
+NodeName=n2 NodeHostname={host} NodeAddr={address} Port={ports[2]} {node}
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=1:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=n[1-2] MaxTime=1:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -79,7 +80,17 @@ def why_not() -> str | None:
     """Why there can be no Slurm here, in one line; None where there can."""
     if missing := [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]:
         return f"no Slurm on this machine (apt-get install slurm-wlm munge): {', '.join(missing)} not found"
-    return None if os.geteuid() == 0 else "starting Slurm's daemons needs root"
+    if os.geteuid() != 0:
+        return "starting Slurm's daemons needs root"
+    return None if _address() else f"the name of this machine, {socket.gethostname()}, leads to no address"
+
+
+def _address() -> str:
+    """Where Slurm listens: the address of this machine's name, a loopback's as a rule; "" where it has none."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
 
 
 def _path() -> str:
@@ -94,6 +105,7 @@ class SlurmCluster:
         self.environment = {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._controller: subprocess.Popen[bytes] | None = None
+        self.has_gpus = False
 
     def __enter__(self) -> SlurmCluster:
         try:
@@ -119,9 +131,11 @@ class SlurmCluster:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         (self.root / "munge").chmod(0o755)
         gpus = self._make_pretended_gpus()
+        self.has_gpus = bool(gpus)
         text = _CONFIG.format(
             root=self.root,
             host=socket.gethostname().partition(".")[0],
+            address=_address(),
             ports=_free_ports(3),
             first_job=random.SystemRandom().randrange(1, 10**6),
             gres_type="gpu" if gpus else "",
@@ -211,7 +225,7 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
 def _free_ports(count: int) -> list[int]:
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((_address(), 0))
     ports: list[int] = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()

@@ -118,6 +118,15 @@ def test_no_root_for_imagenet_says_how_to_give_one(command: Command) -> None:
         assert words in done.err
 
 
+def test_help_of_the_search_keeps_every_option_apart_from_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    from eit_lab.search.__main__ import main
+    from eit_lab.search.request import SearchOptions
+
+    assert main(["--help"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {field.name for field in dataclasses.fields(SearchOptions)} <= listed
+
+
 def test_help_names_every_option_and_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     from eit_lab.train import main
 

@@ -256,6 +256,41 @@ def test_a_changed_point_supersedes_its_earlier_version_and_never_stands_beside_
     assert [entry.identity for entry in after.superseded] == [before[0]]
 
 
+def test_a_declaration_that_was_edited_supersedes_the_runs_it_had(tmp_path: Path) -> None:
+    def add(*entries: tuple[str, int, str], lr: str) -> Manifest:
+        listed = [
+            Entry(
+                label=f"arms={arm} seed={seed}", point=(f"recipe.lr={lr}", f"arms={arm}", f"seed={seed}"), arm=arm, seed=seed,
+                identity=identity, name=identity, folder=f"../{identity}", frozen="f", log="l",
+            )
+            for arm, seed, identity in entries
+        ]  # fmt: skip
+        with locked(tmp_path):
+            return add_jobs(tmp_path, listed, declaration={"arms": {"vit": [], "eit": []}}, launch={})
+
+    add(("vit", 0, "a"), ("eit", 0, "b"), lr="1e-3")
+    after = add(("vit", 0, "c"), ("vit", 1, "d"), ("eit", 0, "e"), lr="2e-3")
+    assert list(after.jobs) == ["c", "d", "e"]
+    assert [entry.identity for entry in after.superseded] == ["a", "b"]
+
+
+def test_time_left_is_of_the_moment_of_the_last_step_and_falls_until_the_next(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    watch = Watch(_one_job(tmp_path / "sweep"))
+    journal = Journal(tmp_path / "sweep")
+    journal.write([{"job": "1", "state": "running", "handle": "slurm:1", "attempt": True}])
+    journal.close()
+    watch.refresh()
+    started, now = watch.manifest.jobs["1"].started, time.time()
+    (tmp_path / "a-1").mkdir()
+    record = tmp_path / "a-1" / "record.json"
+    for step, after, left in [(10, 100.0, 400.0), (20, 300.0, 600.0)]:  # 10 s a step, then 20 s a step: of 50 steps
+        record.write_text(json.dumps({"progress": {"step": step, "steps": 50}}))
+        os.utime(record, (started + after,) * 2)
+        (progress,) = watch.running()
+        assert progress.seconds_left == pytest.approx(left + started + after - now, abs=2.0)
+
+
 def _start(small: Path, *overrides: str) -> subprocess.Popen[str]:
     code = (
         "import sys; from eit_lab.compose import parse_flags; from eit_lab.sweep.arms import read_sweep; "
@@ -500,6 +535,7 @@ def test_threads_are_told_by_the_first_number(told: str, monkeypatch: pytest.Mon
         (["status"], "sweep status takes the folder of one sweep, got nothing"),
         (["cancel", "a", "b"], "sweep cancel takes the folder of one sweep, got a b"),
         (["status", ".", "onse=true"], "must be the folder of a sweep"),
+        (["statu", "runs/sweeps/a"], "or status or cancel and a folder, got 'statu runs/sweeps/a'; nearest: status"),
     ],
 )
 def test_a_mistake_in_a_sweep_command_is_one_line(

@@ -435,7 +435,15 @@ def test_an_experiments_folder_is_its_records_or_else_the_sweep_of_its_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EIT_LAB_RUNS", raising=False)
     assert main(["experiments/010-ib"]) == 2
-    assert "has no records.jsonl, and there is no sweep 'runs/sweeps/010-ib' of it yet" in capsys.readouterr().err
+    assert "has no records.jsonl, and there is no sweep 'runs/sweeps/010-ib' of it yet\n" in capsys.readouterr().err
+    trial = tmp_path / "runs" / "sweeps" / "010-ib-0a1b2c"
+    trial.mkdir(parents=True)
+    (trial / "sweep.json").touch()
+    assert main(["experiments/010-ib"]) == 2
+    assert "yet; of it with another configuration: runs/sweeps/010-ib-0a1b2c\n" in capsys.readouterr().err
+    assert main(["runs/sweeps"]) == 2
+    assert "nor one folder below; name a sweep in it: 010-ib-0a1b2c\n" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").symlink_to(sweep.parent.parent)
     assert [len(source.entries) for source in read_sources([experiment])] == [12]
     (tmp_path / "runs").unlink()
@@ -496,6 +504,7 @@ def test_names_and_texts_of_runs_are_text_in_the_page(hostile: Report, tmp_path:
 
 def test_names_and_texts_of_runs_are_text_in_markdown_and_latex(hostile: Report, tmp_path: Path) -> None:
     assert markdown(r"a|b\c<i>*_x_ `y` [z](u) eit_nano") == r"a\|b\\c\<i\>\*\_x\_ \`y\` \[z\](u) eit_nano"
+    assert latex("0.5 (≥ 0.25)") == r"0.5 ($\geq$ 0.25)"  # what pdflatex has no letter for
     assert latex(r"a_b & 5% \x {y} #1 $z$ ~^ <|> -0.18 eit-base") == (
         r"a\_b \& 5\% \textbackslash{}x \{y\} \#1 \$z\$ \textasciitilde{}\textasciicircum{} $<$\textbar{}$>$ $-$0.18 eit-base"
     )
@@ -504,7 +513,7 @@ def test_names_and_texts_of_runs_are_text_in_markdown_and_latex(hostile: Report,
     assert len(rows) > 20
     for row in rows:
         assert not row.lstrip().startswith("[")  # an argument of the \\ before it
-    bare = re.sub(r"\\[&%$#_{}\\]|\\[a-z]+|\$[<>]\$|\$-\$|\$\\pm\$", "", text.replace(r"\\", ""))
+    bare = re.sub(r"\\[&%$#_{}\\]|\\[a-z]+|\$[<>]\$|\$-\$|\$\\pm\$|\$\\geq\$", "", text.replace(r"\\", ""))
     bare = "\n".join(line for line in bare.splitlines() if not line.startswith("%"))
     assert not re.search(r"[%$#_~^\\]", bare)
     assert bare.count("{") == bare.count("}")

@@ -81,6 +81,7 @@ def test_a_signal_stops_after_the_step_with_the_state_saved_and_the_same_command
     assert train(*words, "run.root=killed") == status
     killed = only_run(here / "killed")
     assert record_of(killed)["status"] == ("interrupted" if signum == signal.SIGINT else "preempted")
+    assert record_of(killed)["error"] == f"stopped by signal {int(signum)} after step {stopped_after}, state saved"
     state = torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["eit_lab"]["step"] == stopped_after
     said = capsys.readouterr().err

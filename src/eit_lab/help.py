@@ -18,7 +18,7 @@ _HEAD = """\
 Train a ViT, an LSRA or an EIT: one run, or with -m every point of a sweep.
 
   python -m eit_lab.train model=eit_base trainer.devices=8 data.root=PATH       one run on ImageNet
-  python -m eit_lab.train data=digits                                           one run that needs no files
+  python -m eit_lab.train data=digits model=eit_nano                            one run that needs no files
   python -m eit_lab.train -m model=vit_base,lsra_base,eit_base seed=0,1,2       a sweep: each job its own process
   python -m eit_lab.train -m model/ib=lsra,eit model.ib.strength=0.5,1          any axis, any key
   python -m eit_lab.train -m experiment=000-digits-demo                         a declared ablation

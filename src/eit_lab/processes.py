@@ -28,7 +28,7 @@ from eit_lab.config import Config, TrainerConfig
 
 COMMAND = "EIT_LAB_COMMAND"
 """Environment variable: what the user typed, as JSON, for the record of a run whose ranks were started here."""
-PARENT = "EIT_LABPARENT"
+PARENT = "EIT_LAB_PARENT"
 """Environment variable: the process without which this one must not go on."""
 _GRACE_S = 10.0  # between the death of one rank and the end of the others
 _LAST_SECONDS = 3.0  # after Ctrl-C for the second time

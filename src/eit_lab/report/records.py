@@ -126,7 +126,9 @@ def _read_folder(folder: Path) -> Source:
     if not runs and (folder / RECORDS).is_file():
         return _joined(_read_jsonl(folder / RECORDS))
     if not runs:
-        raise ConfigError(f"report: no record.json of a run in {_shown(folder)!r}, nor one folder below")
+        sweeps = sorted(path.parent.name for path in folder.glob("*/sweep.json"))
+        there = f"; name a sweep in it: {', '.join(sweeps[:8])}" if sweeps else ""
+        raise ConfigError(f"report: no record.json of a run in {_shown(folder)!r}, nor one folder below{there}")
     return Source(folder.name, {}, [_entry(run) for run in runs])
 
 
@@ -163,8 +165,10 @@ def _read_experiment(folder: Path) -> Source:
     sweep = next((root / "sweeps" / folder.name for root in roots if is_sweep(root / "sweeps" / folder.name)), None)
     if sweep is None:
         where = roots[0] / "sweeps" / folder.name
+        trials = sorted(_shown(path.parent) for path in where.parent.glob(f"{folder.name}-*/sweep.json"))
+        there = f"; of it with another configuration: {', '.join(trials[:8])}" if trials else ""
         raise ConfigError(
-            f"report: {_shown(folder)!r} has no {RECORDS}, and there is no sweep {_shown(where)!r} of it yet"
+            f"report: {_shown(folder)!r} has no {RECORDS}, and there is no sweep {_shown(where)!r} of it yet{there}"
         )
     source = _read_sweep(sweep)
     return source if source.declaration else dataclasses.replace(source, declaration=declared)

@@ -16,7 +16,7 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "±": r"$\pm$",
     "×": r"$\times$", "−": r"$-$", "≥": r"$\geq$", "≤": r"$\leq$",
 }  # fmt: skip
-_COLUMNS = 110
+_COLUMNS, _COLUMNS_OF_A_FILE = 110, 240
 _MINUS = re.compile(r"(?<![\w.)\]-])-(?=\d)")
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|#~&$])|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word means nothing
 
@@ -100,7 +100,7 @@ def csv_text(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def terminal_table(table: Table) -> str:
-    """As wide as the terminal, or 110 columns where that is less."""
+    """As wide as the terminal, or 110 columns where that is less; in a file or a pipe no cell is folded for want of room."""
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -111,5 +111,6 @@ def terminal_table(table: Table) -> str:
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     out = io.StringIO()
-    Console(width=max(_COLUMNS, Console().width), file=out).print(drawn)
+    there = Console()
+    Console(width=max(_COLUMNS if there.is_terminal else _COLUMNS_OF_A_FILE, there.width), file=out).print(drawn)
     return "\n".join(text.rstrip() for text in out.getvalue().splitlines())

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _HEAD = """\
 Search any keys of the config for what does best on the held-out slice of the training images. Trials are ordinary runs.
 
-  python -m eit_lab.search data=digits recipe.lr='tag(log,interval(1e-4,1e-2))' recipe.epochs=5
-  python -m eit_lab.search data=digits model/ib='choice(none,lsra,eit)' recipe.weight_decay='interval(0.01,0.3)' trials=40
+  python -m eit_lab.search data=digits model=eit_nano recipe.lr='tag(log,interval(1e-4,1e-2))' recipe.epochs=5
+  python -m eit_lab.search model=eit_nano model/ib='choice(none,lsra,eit)' recipe.weight_decay='interval(0.01,0.3)' data=digits
   python -m eit_lab.search data=digits model=vit_nano,eit_nano per=model recipe.lr='tag(log,interval(1e-4,1e-2))'
   python -m eit_lab.search space=FILE.yaml hydra/launcher=local pruner=median
   python -m eit_lab.search data=digits recipe.lr='tag(log,interval(1e-4,1e-2))' wandb=sweep.yaml       writes a W&B sweep
@@ -97,6 +97,13 @@ def search(request: Request, argv: Sequence[str]) -> int:
         per_arm = f"{request.trials} trials" + (f" for each of {len(studies)} arms" if len(studies) > 1 else "")
         print(f"search {folder.name}: {per_arm}, folder {folder}", flush=True)
         status = Searching(request, runs, studies, folder, engine, launcher).run()
+    except BrokenPipeError:  # the reader of our output has gone: command.run knows
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise command.RunError(
+            f"search {folder.name} stopped: {error.strerror}{where}; the same command goes on"
+        ) from error
     finally:
         engine.close()
     print(write_outcome(request, studies, runs, folder))

@@ -55,6 +55,14 @@ def _run(argv: list[str]) -> int:
     from eit_lab.sweep.launch import launch
 
     name, *overrides = argv
+    if any("=" not in word and not word.startswith(("-", "~")) for word in overrides):  # two names: a verb misspelt
+        from eit_lab.config import ConfigError
+        from eit_lab.loading import nearest
+
+        raise ConfigError(
+            "sweep takes an experiment and key=value, or status or cancel and a folder, "
+            f"got {' '.join(argv)!r}{nearest(name, ['status', 'cancel'])}"
+        )
     return launch(read_sweep(parse_flags(["-m", f"experiment={name.rstrip('/')}", *overrides])), argv)
 
 

@@ -337,7 +337,7 @@ class _Launch:
         asked = signals.received is not None or self.broken
         told = {*signals.seen, *([signal.SIGTERM] if self.broken else []), *([signal.SIGKILL] if signals.out_of_patience() else [])}  # fmt: skip
         if ended.status in (EXIT_INTERRUPTED, EXIT_PREEMPTED) or -(ended.status or 0) in told:
-            state = "interrupted" if ended.status == EXIT_INTERRUPTED else "preempted"
+            state = "interrupted" if ended.status in (EXIT_INTERRUPTED, -signal.SIGINT) else "preempted"
             at_once = "stopped at once" if signals.out_at is not None else "stopped before it began"
             saved = (ended.status or 0) > 0 and signals.out_at is None
             self._note(job, state, ended, "stopped as asked, its state is saved" if saved else at_once)

@@ -54,7 +54,7 @@ class Watch:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._listed = _stamp(manifest.folder)
-        self._first: dict[str, tuple[float, int]] = {}  # identity -> (time, step) when it was first seen at work
+        self._first: dict[tuple[str, int], tuple[float, int]] = {}  # (identity, attempt) -> (time, step) seen first
         self._alive: dict[str, tuple[float, bool]] = {}
 
     def refresh(self) -> None:
@@ -88,15 +88,16 @@ class Watch:
 
     def _progress(self, job: ManifestJob) -> Progress:
         now = time.time()
-        done = self._said_since(job) if job.state == "running" else {}
+        done, said_at = self._said_since(job) if job.state == "running" else ({}, now)
         step, steps = done.get("step", 0), done.get("steps", 0)
         left = None
         if step:
-            began, first = self._first.setdefault(job.entry.identity, (now, step))
+            # NOTE: of the moment at which the step was said: until it says the next one, time left falls with the clock.
+            began, first = self._first.setdefault((job.entry.identity, job.attempts), (said_at, step))
             if step > first:
-                left = (now - began) / (step - first) * (steps - step)
-            elif step and job.started and job.attempts == 1:
-                left = (now - job.started) / step * (steps - step)
+                left = max(0.0, (said_at - began) / (step - first) * (steps - step) - (now - said_at))
+            elif job.started and job.attempts == 1:
+                left = max(0.0, (said_at - job.started) / step * (steps - step) - (now - said_at))
         metric = f"val top-1 {100 * done['val/acc1']:.1f}%" if "val/acc1" in done else ""
         return Progress(
             label=job.entry.label,
@@ -108,15 +109,16 @@ class Watch:
             state=job.state,
         )
 
-    def _said_since(self, job: ManifestJob) -> Mapping[str, Any]:
-        """The progress in a running job's record; nothing where the record is of an earlier part of the run."""
+    def _said_since(self, job: ManifestJob) -> tuple[Mapping[str, Any], float]:
+        """(progress in a running job's record, when it was written); nothing where it is of an earlier part of the run."""
         folder = self.manifest.folder / job.entry.folder
         try:
-            if (folder / "record.json").stat().st_mtime < job.started:
-                return {}
-            return (read_record(folder) or {}).get("progress") or {}
+            said_at = (folder / "record.json").stat().st_mtime
+            if said_at < job.started:
+                return {}, said_at
+            return (read_record(folder) or {}).get("progress") or {}, said_at
         except (OSError, ConfigError):
-            return {}  # not there yet, or damaged: the job itself will say so
+            return {}, time.time()  # not there yet, or damaged: the job itself will say so
 
     def seconds_left(self, running: Sequence[Progress]) -> float | None:
         """Of the whole sweep, from what its finished jobs took; None before the first one."""
