@@ -340,8 +340,9 @@ class _Launch:
             state = "interrupted" if ended.status in (EXIT_INTERRUPTED, -signal.SIGINT) else "preempted"
             at_once = "stopped at once" if signals.out_at is not None else "stopped before it began"
             saved = (ended.status or 0) > 0 and signals.out_at is None
-            self._note(job, state, ended, "stopped as asked, its state is saved" if saved else at_once)
-            screen.say(f"{self._head(job)}: stopped as asked, the same command goes on")
+            said = ended.said or ("stopped as asked, its state is saved" if saved else at_once)
+            self._note(job, state, ended, said)
+            screen.say(f"{self._head(job)}: {said}; the same command goes on")
             return
         said = _why(job, ended, record)
         again = job.attempts <= self.launcher.retries and not asked
@@ -375,18 +376,21 @@ class _Launch:
         from eit_lab.report.summary import write_summary  # matplotlib: not before there is something to draw
 
         print(write_summary(self.folder))
-        open_ = len(self.jobs) - finished - len(failed)
-        if open_ and self.engine.survives:
-            rest = f", {open_} go on without this command: the same command follows them, python -m eit_lab.sweep status {self.folder} shows them"
-        else:
-            rest = ", the rest not ended: the same command goes on" if open_ else ""
+        alone = len(self.active) if self.engine.survives else 0
+        open_ = len(self.jobs) - finished - len(failed) - alone
+        rest = f", {alone} go on without this command (python -m eit_lab.sweep status {self.folder})" if alone else ""
+        rest += (
+            f", {'the rest' if finished or failed or alone else 'all'} not ended: the same command goes on"
+            if open_
+            else ""
+        )
         print(f"{len(self.jobs)} jobs in {seconds:.0f} s: {finished} finished, {len(failed)} failed{rest}")
         for job in failed:
             print(f"failed: {self._head(job)}, log {job.log}", file=sys.stderr)
         runs = [self.folder / job.entry.folder for job in self.manifest.jobs.values()]  # of other launches too
         if (script := _write_sync(self.folder, [*runs, *(job.folder for job in self.jobs.values())])) is not None:
             print(f"W&B: not all is on the server yet; to send it: sh {script}")
-        return signals.exit_status() or (EXIT_FAILED if failed else 0 if self.engine.survives else stopped)
+        return signals.exit_status() or (EXIT_FAILED if failed else stopped)
 
 
 class _Signals:
