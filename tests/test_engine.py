@@ -23,6 +23,7 @@ from eit_lab.compose import compose_one, parse_flags
 from eit_lab.config import ConfigError
 from eit_lab.launchers import LocalLauncher
 from eit_lab.manifest import Entry, Journal, Manifest, add_jobs, is_alive, locked, read_manifest
+from eit_lab.report.summary import write_summary
 from eit_lab.sweep.arms import read_sweep
 from eit_lab.sweep.engine import Ended, Job
 from eit_lab.sweep.launch import launch
@@ -362,6 +363,7 @@ def test_a_killed_launcher_takes_its_jobs_along_and_another_takes_over(small: Pa
     )  # fmt: skip
     assert shown.returncode == 1
     assert "1 finished, 1 lost of 2" in shown.stdout
+    assert "not in the table: eit_nano seed 1000 is lost" in write_summary(sweep_of(small))
     third = _start(small, "seed=1000,1")
     _until(lambda: times_run(small, 1000) == 2)
     third.send_signal(signal.SIGTERM)

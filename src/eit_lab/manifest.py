@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -29,6 +30,7 @@ FINAL = ("finished", "failed", "interrupted", "preempted", "pruned")
 """States in which nobody works on a job."""
 _SILENT_S = 120.0  # a launcher on another machine that has not touched its file for so long is gone
 _BEAT_S = 20.0
+_ASK_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,17 @@ class Manifest:
     """Earlier versions of a point: its code, data or configuration has changed since."""
     read_to: int = 0
     """Bytes of the events that are in here."""
+    _alive: dict[str, tuple[float, bool]] = dataclasses.field(default_factory=dict)
+
+    def state(self, job: ManifestJob) -> str:
+        """A job's state; ``lost`` where its launcher is gone without a word and its engine's jobs go with it."""
+        if job.state != "running" or job.handle.startswith("slurm:"):
+            return job.state
+        asked, answer = self._alive.get(job.by, (-math.inf, False))
+        if time.monotonic() - asked > _ASK_S:
+            answer = is_alive(self.folder, job.by)
+            self._alive[job.by] = (time.monotonic(), answer)
+        return job.state if answer else "lost"
 
     def refresh(self) -> None:
         """Read the events that came since."""
@@ -269,3 +282,8 @@ def is_alive(folder: Path, launcher: str) -> bool:
     with suppress(FileNotFoundError):
         return elsewhere and time.time() - path.stat().st_mtime < _SILENT_S
     return False
+
+
+def any_alive(folder: Path) -> bool:
+    """Whether some launcher works on a sweep."""
+    return any(is_alive(folder, path.name) for path in (folder / "launchers").glob("*"))

@@ -34,7 +34,7 @@ SCHEMA = 1
 RECORDS = "records.jsonl"
 Curve = dict[str, list[float | None]]
 """Columns of metrics.csv by name, a value for each validation; None where the column has none there."""
-_ENDED = ("failed", "interrupted", "preempted", "pruned")
+_ENDED = ("failed", "interrupted", "preempted", "pruned", "lost")
 _PLACES = ("run.root", "logger", "data.root", "data.cache_dir", "checkpoint")
 """Keys of a config that say where on a machine something lies, or where it is sent."""
 
@@ -149,8 +149,9 @@ def _read_sweep(folder: Path) -> Source:
     entries = []
     for job in manifest.jobs.values():
         entry = _entry(folder / job.entry.folder, listed=job.entry)
-        if not entry.record or (entry.status == "running" and job.state in _ENDED):  # killed before it could say so
-            entry.status, entry.said = job.state, job.said
+        state = manifest.state(job)
+        if not entry.record or (entry.status == "running" and state in _ENDED):  # killed before it could say so
+            entry.status, entry.said = state, job.said
         entries.append(entry)
     old = [_entry(folder / entry.folder, listed=entry) for entry in manifest.superseded]
     return Source(folder.name, manifest.declaration or {}, entries, [entry for entry in old if entry.record])

@@ -95,7 +95,7 @@ def _status(folder: Path, *, once: bool) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from eit_lab.manifest import FINAL, read_manifest
+    from eit_lab.manifest import any_alive, read_manifest
     from eit_lab.sweep.status import Watch, lines, render
 
     watch = Watch(read_manifest(folder))
@@ -104,8 +104,9 @@ def _status(folder: Path, *, once: bool) -> int:
         for line in lines(watch):
             print(line)
         return command.EXIT_FAILED if watch.failed() else 0
-    with Live(render(watch), console=console, auto_refresh=False) as live:
-        while any(job.state not in FINAL for job in watch.manifest.jobs.values()):
+    with Live(render(watch), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):  # enough seen
+        live.refresh()
+        while not (watch.is_over() and not any_alive(folder)):
             time.sleep(_LOOK_S)
             watch.refresh()
             live.update(render(watch), refresh=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eit_lab.config import ConfigError
-from eit_lab.manifest import Manifest, ManifestJob, is_alive, read_manifest
+from eit_lab.manifest import Manifest, ManifestJob, read_manifest
 from eit_lab.runs import read_record
 from eit_lab.units import duration
 
@@ -55,7 +55,6 @@ class Watch:
         self.manifest = manifest
         self._listed = _stamp(manifest.folder)
         self._first: dict[tuple[str, int], tuple[float, int]] = {}  # (identity, attempt) -> (time, step) seen first
-        self._alive: dict[str, tuple[float, bool]] = {}
 
     def refresh(self) -> None:
         """Read what came since: events, and jobs that another command has added."""
@@ -64,17 +63,12 @@ class Watch:
         self.manifest.refresh()
 
     def state(self, job: ManifestJob) -> str:
-        """A job's state; ``lost`` where its launcher is gone without a word and its engine's jobs go with it."""
-        if job.state == "running" and not job.handle.startswith("slurm:") and not self._is_alive(job.by):
-            return "lost"
-        return job.state
+        """A job's state, ``lost`` among them."""
+        return self.manifest.state(job)
 
-    def _is_alive(self, launcher: str) -> bool:
-        asked, answer = self._alive.get(launcher, (0.0, False))
-        if time.monotonic() - asked > 2.0 or not asked:
-            answer = is_alive(self.manifest.folder, launcher)
-            self._alive[launcher] = (time.monotonic(), answer)
-        return answer
+    def is_over(self) -> bool:
+        """Whether nothing changes any more by itself: no job is queued or running."""
+        return not any(self.state(job) in ("running", "submitted") for job in self.manifest.jobs.values())
 
     def counts(self) -> Counter[str]:
         """Jobs by state."""
