@@ -31,8 +31,8 @@ test: $(READY)  ## the tests, with coverage: no network, no GPU, under 5 minutes
 	@rm -f .coverage*
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
-test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-slow: $(READY)  ## the tests that take minutes, a quarter of an hour in all; Slurm, jpegtran and Chromium where they are
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
