@@ -44,6 +44,7 @@ IMAGES = torch.randn(4, 3, 8, 12, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of torch 2.11, as it reads its own file
+@pytest.mark.slow
 def test_torch_export_gives_the_modules_logits_at_any_batch_size(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -359,6 +359,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_the_configured_number(
 # ------------------------------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_give_the_same_run(
     command: Command, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -306,6 +306,7 @@ def test_where_none_of_a_batch_can_be_read_the_next_image_stands_in(folder: Path
         part[[(0, 7, 0, 0)]]
 
 
+@pytest.mark.slow
 def test_a_process_that_still_holds_a_loader_ends_all_the_same(folder: Path) -> None:
     program = f"""
 from eit_lab.compose import compose_one
@@ -362,6 +363,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(folder: Path, shards: Path
     assert torch.equal(first.images, again.images)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line(folder: Path, here: Path) -> None:
     words = [*trained(folder, "data.num_workers=1", "recipe.epochs=500", "trainer.record_samples=true")]
     run = subprocess.Popen(
