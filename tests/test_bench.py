@@ -36,6 +36,7 @@ def made(cache: Path, *, fresh: bool = False, photos: str | None = None):
     return material, drawn
 
 
+@pytest.mark.slow
 def test_the_pictures_are_like_imagenets_and_made_once(cache: Path) -> None:
     material, drawn = made(cache)
     assert drawn[:3] == [1, 2, 3]

@@ -47,6 +47,7 @@ def wandb_env(server: WandbServer, folder: Path) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- panels
 
 
+@pytest.mark.slow
 def test_every_name_on_the_panels_is_one_that_a_real_run_logs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eit_lab.config import Config
     from eit_lab.train import main as train
@@ -513,6 +514,7 @@ def listening(pid: int) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_view_is_on_loopback_only_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", made_record("eit", 0, 0.5))
     with View(tmp_path) as view:

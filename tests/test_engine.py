@@ -311,6 +311,7 @@ def _until(true: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_launchers_share_the_jobs_and_run_none_twice(small: Path) -> None:
     seeds = f"seed={','.join(map(str, range(12)))}".replace("9,", "")
     both = [_start(small, seeds), _start(small, seeds)]

@@ -288,6 +288,7 @@ def test_disk_is_of_whole_states_and_predictions() -> None:
 # ------------------------------------------------------------------------------------------------------- with real torch
 
 
+@pytest.mark.slow
 def test_one_process_counts_matches_and_measures(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_its_config_and_runs_from_any_folder(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path)
     site = tmp_path / "site"

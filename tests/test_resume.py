@@ -139,6 +139,7 @@ def test_one_interrupt_that_arrives_by_two_ways_is_one(here: Path, stop_after: C
     assert (only_run(here / "runs") / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_state_gets_its_other_names_again_when_a_kill_came_between(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_run_stopped_before_any_validation_can_be_asked_again(here: Path, stop
     assert record_of(only_run(here / "runs"))["best"]["step"] == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_overwrites_goes_on_when_its_own_command_is_repeated(
     here: Path, stop_after: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

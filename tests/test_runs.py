@@ -237,6 +237,7 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
     assert code_hash() != first
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(here: Path) -> None:
     args = [sys.executable, "-m", "eit_lab.train", *TINY, "recipe.epochs=12", "data.num_samples=640"]
     killed = subprocess.Popen(args, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -275,6 +276,7 @@ def test_ctrl_c_says_how_to_resume(here: Path) -> None:
     assert record_of(only_run(here / "runs"))["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_failure_is_on_record_with_its_last_lines(command: Command, damaged: Path, tmp_path: Path) -> None:
     done = command("train", *TINY_MODEL, f"data.root={damaged}", "data.img_size=32", "data.num_workers=0")
     assert done.status == 1
@@ -300,6 +302,7 @@ def test_other_precisions_train_clip_and_average(precision: str, here: Path) -> 
     assert record_of(only_run(here / "runs"))["placement"]["precision"] == precision
 
 
+@pytest.mark.slow
 def test_wandb_is_offline_unless_asked_and_carries_the_identity(command: Command, tmp_path: Path) -> None:
     done = command("train", *TINY, "logger=wandb")
     assert done.status == 0, done.err
@@ -310,6 +313,7 @@ def test_wandb_is_offline_unless_asked_and_carries_the_identity(command: Command
 
 
 @pytest.mark.parametrize("debug", ["one_batch", "overfit", "profile"])
+@pytest.mark.slow
 def test_debug_presets_run(debug: str, here: Path) -> None:
     assert train(f"debug={debug}", *(["recipe.epochs=60", "recipe.lr=0.01"] if debug == "overfit" else [])) == 0
     record = record_of(only_run(here / "runs"))

@@ -176,12 +176,12 @@ def test_signals_that_were_blocked_are_heard_and_handlers_that_were_there_come_b
     stop = StopRequest()
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
-        os.kill(os.getpid(), signal.SIGUSR2)
+        signal.raise_signal(signal.SIGUSR2)  # to this thread: another one has not blocked it
         assert not heard
         stop.install()
         assert (stop.signum, heard) == (signal.SIGUSR2, [])
         stop.uninstall()
-        os.kill(os.getpid(), signal.SIGUSR2)
+        signal.raise_signal(signal.SIGUSR2)
         assert heard == [signal.SIGUSR2]
     finally:
         signal.signal(signal.SIGUSR2, before)

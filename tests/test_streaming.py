@@ -148,6 +148,7 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_shards_in_a_bucket_hold_the_same_images(folder: Path, bucket: str, tmp_path: Path) -> None:
     ours, theirs = by_key(parts_of(folder)["test"]), by_key(parts_of(bucket, f"data.cache_dir={tmp_path}")["test"])
     assert ours == theirs

@@ -18,6 +18,7 @@ from eit_lab.manifest import read_manifest
 Command = Callable[..., Done]
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_point_reports_the_failed_one_and_goes_on(
     command: Command, tmp_path: Path, lookalike: Path, damaged: Path
 ) -> None:
@@ -89,6 +90,7 @@ def test_two_processes_inside_a_multirun_train_one_model_each_job_whatever_launc
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(tmp_path: Path) -> None:
     import signal
 
