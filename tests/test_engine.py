@@ -348,6 +348,7 @@ def test_a_run_that_another_sweep_is_busy_with_is_waited_for(small: Path) -> Non
     assert times_run(small, 0) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_takes_its_jobs_along_and_another_takes_over(small: Path) -> None:
     first = _start(small, "seed=1000,1")
     _until(lambda: times_run(small, 1000) == 1)

@@ -27,6 +27,7 @@ def complete(line: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_groups_options_and_keys() -> None:
     assert complete("eit-lab tr") == ["train"]
     assert "model=eit_base" in complete("eit-lab train model=eit_")

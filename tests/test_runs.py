@@ -262,6 +262,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(here: Path) -> No
     assert epochs == list(range(12))
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_resume(here: Path) -> None:
     args = [sys.executable, "-m", "eit_lab.train", *TINY, "recipe.epochs=500", "data.num_samples=640"]
     run = subprocess.Popen(args, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

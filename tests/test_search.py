@@ -495,6 +495,7 @@ def test_a_run_that_diverges_is_a_bad_point_and_no_failure(machine: Callable[...
     assert float(best["arms"]["eit_nano"]["value"]) == max(float(row["val/acc1"]) for row in found if row["val/acc1"])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_said_and_is_done_again_by_the_next_command(
     machine: Callable[..., Machine], capsys: pytest.CaptureFixture[str]
 ) -> None:
