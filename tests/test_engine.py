@@ -137,7 +137,7 @@ def test_fail_fast_does_not_call_those_failed_that_it_stopped(small: Path) -> No
 def test_a_job_that_does_not_hear_ctrl_c_is_killed_after_the_second(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eit_lab.sweep.launch._LAST_S", 0.2)
+    monkeypatch.setattr("eit_lab.sweep.stopping._LAST_S", 0.2)
 
     def press_twice() -> None:
         _until(lambda: times_run(small, 501) == 1)

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError
@@ -30,6 +29,7 @@ from eit_lab.search.request import Request
 from eit_lab.search.study import RETRY_OF, ArmStudy, is_impossible
 from eit_lab.search.trials import Runs, Trial, has_diverged, is_finished, record_of
 from eit_lab.sweep.engine import Ended, Engine, Job
+from eit_lab.sweep.stopping import Signals
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -83,7 +83,7 @@ class Searching:
     def run(self) -> int:
         """Until every arm has its trials, or the search was asked to stop; returns the exit status."""
         try:
-            with _Signals() as signals, Board(self.request, self.studies, self.folder) as board:
+            with Signals() as signals, Board(self.request, self.studies, self.folder) as board:
                 self._begin(board)
                 self._loop(signals, board)
         finally:
@@ -93,7 +93,7 @@ class Searching:
         failed = any(trial.state.name == "FAIL" for study in self.studies for trial in _standing(study))
         return EXIT_FAILED if failed else EXIT_PREEMPTED if self.stopped_by_others else 0
 
-    def _loop(self, signals: _Signals, board: Board) -> None:
+    def _loop(self, signals: Signals, board: Board) -> None:
         looked = 0.0
         while True:
             for signum in signals.take():
@@ -311,7 +311,7 @@ class Searching:
         self.queued.difference_update(begun)
         self.journal.write([{"job": i, "state": "running"} for i in begun])
 
-    def _end(self, job: Job, ended: Ended, signals: _Signals, board: Board) -> None:
+    def _end(self, job: Job, ended: Ended, signals: Signals, board: Board) -> None:
         """A run's process has ended: how, and whether the run is tried again."""
         identity = job.identity
         del self.active[identity]
@@ -454,33 +454,3 @@ def _why(job: Job, ended: Ended) -> str:
     lines = job.log.read_text(errors="replace").splitlines() if job.log.is_file() else []
     ours = [line for line in lines if line.startswith("eit_lab: ")]
     return ours[-1].removeprefix("eit_lab: ") if ours else f"exit status {ended.status}"
-
-
-class _Signals:
-    """Takes note of signals, for the loop to hand on. A second Ctrl-C is handed on too, and ends a run at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._new: list[int] = []
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        self.received = signum
-        self._new.append(signum)
-
-    def take(self) -> list[int]:
-        """The signals that came since the last call."""
-        new, self._new = self._new, []
-        return new
-
-    def exit_status(self) -> int:
-        """130 after Ctrl-C, 75 after another signal."""
-        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError
@@ -27,7 +26,6 @@ from eit_lab.launchers import Launcher, SlurmLauncher, load_launcher
 from eit_lab.loading import dump
 from eit_lab.manifest import FINAL, Entry, Journal, Manifest, ManifestJob, add_jobs, is_alive, locked
 from eit_lab.runs import DataFacts, code_state, holder, identity, read_record, run_name, versions, write_text
-from eit_lab.signals import SAME_S
 from eit_lab.sweep.arms import Sweep
 from eit_lab.sweep.engine import Ended, Engine, Job
 from eit_lab.sweep.engines import build_engine, placed
@@ -35,11 +33,11 @@ from eit_lab.sweep.guard import guard
 from eit_lab.sweep.matched import match_arms
 from eit_lab.sweep.probe import Probe
 from eit_lab.sweep.screen import Screen
+from eit_lab.sweep.stopping import Signals
 
 _POLL_S = 0.2
 _ELSEWHERE_S = 1.0
 _ERROR_LINES = 8
-_LAST_S = 10.0  # after Ctrl-C for the second time, for jobs to end by themselves
 _ANOTHER_SWEEP = ""  # who has a job whose run another sweep, or a command of its own, is busy with
 
 
@@ -162,7 +160,7 @@ class _Launch:
         """Until all jobs have ended, or the sweep was asked to stop."""
         began = time.monotonic()
         try:
-            with _Signals() as signals, Screen(self.manifest) as screen:
+            with Signals() as signals, Screen(self.manifest) as screen:
                 self._sort(finished, screen)
                 self._loop(signals, screen)
         finally:
@@ -197,7 +195,7 @@ class _Launch:
         if skipped:
             screen.say(f"{skipped} of {len(self.jobs)} jobs finished already, skipped")
 
-    def _loop(self, signals: _Signals, screen: Screen) -> None:
+    def _loop(self, signals: Signals, screen: Screen) -> None:
         looked = 0.0
         while self.active or self.elsewhere or (self.waiting and not self._stopping(signals)):
             if self.waiting and not self._stopping(signals):
@@ -232,7 +230,7 @@ class _Launch:
     def _waits(self) -> bool:
         return not (isinstance(self.launcher, SlurmLauncher) and not self.launcher.wait and not self.waiting)
 
-    def _stopping(self, signals: _Signals) -> bool:
+    def _stopping(self, signals: Signals) -> bool:
         return self.broken or signals.received is not None
 
     def _start(self, screen: Screen) -> None:
@@ -324,7 +322,7 @@ class _Launch:
 
     # ------------------------------------------------------------------------------------------------------- how it ended
 
-    def _end(self, job: Job, ended: Ended, signals: _Signals, screen: Screen) -> None:
+    def _end(self, job: Job, ended: Ended, signals: Signals, screen: Screen) -> None:
         del self.active[job.identity]
         self.queued.discard(job.identity)
         job.find_folder()
@@ -367,7 +365,7 @@ class _Launch:
     def _head(self, job: Job) -> str:
         return f"job {self.place[job.identity]}/{len(self.jobs)}  {job.label}"
 
-    def _close(self, signals: _Signals, seconds: float) -> int:
+    def _close(self, signals: Signals, seconds: float) -> int:
         failed = [job for i, job in self.jobs.items() if self.outcome.get(i) == "failed"]
         finished = sum(state == "finished" for state in self.outcome.values())
         stopped = signals.exit_status() or (
@@ -391,52 +389,6 @@ class _Launch:
         if (script := _write_sync(self.folder, [*runs, *(job.folder for job in self.jobs.values())])) is not None:
             print(f"W&B: not all is on the server yet; to send it: sh {script}")
         return signals.exit_status() or (EXIT_FAILED if failed else stopped)
-
-
-class _Signals:
-    """Takes note of signals; the loop hands them on. A second Ctrl-C is handed on too, and ends a job at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.seen: set[int] = set()
-        self.out_at: float | None = None
-        """When Ctrl-C came for the second time."""
-        self._interrupted_at: float | None = None
-        self._new: list[int] = []
-        self._before: Mapping[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        if signum == signal.SIGINT:
-            now = time.monotonic()
-            self._interrupted_at = self._interrupted_at or now
-            if self.out_at is None and now - self._interrupted_at > SAME_S:
-                self.out_at = now
-        self.received = signum
-        self.seen.add(signum)
-        self._new.append(signum)
-
-    def out_of_patience(self) -> bool:
-        """Whether a job that still runs has not even heard the second Ctrl-C: stuck where Python's handlers are not called."""
-        return self.out_at is not None and time.monotonic() - self.out_at > _LAST_S
-
-    def take(self) -> list[int]:
-        """The signals that came since the last call."""
-        new, self._new = self._new, []
-        return new
-
-    def exit_status(self) -> int:
-        """130 after Ctrl-C, 75 after another signal, 0 without."""
-        if self.received is None:
-            return 0
-        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
 
 
 def _is_finished(job: Job) -> bool:
