@@ -19,6 +19,7 @@ from torchvision.ops import stochastic_depth
 from eit_lab.config import IBConfig, ImageSize, ModelConfig, as_hw
 from eit_lab.models.convolutions import LightweightConv
 from eit_lab.models.image_model import ImageModel
+from eit_lab.models.intermediates import Tap
 from eit_lab.models.mixers import SplitMixer
 from eit_lab.models.stem import build_stem, token_grid
 from eit_lab.schedule import LayerSplit
@@ -48,10 +49,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """(B, 1 + h w, D) -> (B, 1 + h w, D)."""
-        x = x + stochastic_depth(self.mixer(self.norm1(x), grid), self.drop_path, "row", self.training)
-        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+        mixed = self.mixer(self.norm1(x), grid, tap=tap, layer=layer)
+        x = x + stochastic_depth(mixed, self.drop_path, "row", self.training)
+        x = x if tap is None else tap.tokens(f"blocks.{layer}.mixer", x, grid)
+        x = x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+        return x if tap is None else tap.tokens(f"blocks.{layer}.mlp", x, grid)
 
 
 class Backbone(ImageModel):
@@ -92,18 +96,22 @@ class Backbone(ImageModel):
         self.head = nn.Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, *, tap: Tap | None = None) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, num_classes). A ``tap`` gets the intermediates as they are made."""
+        return self.forward_head(self.forward_features(x, tap=tap))
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, *, tap: Tap | None = None) -> Tensor:
         """Images (B, C, H, W) -> normed tokens (B, 1 + h w, D), CLS first."""
         x = self.stem(x)  # (B, h, w, D)
         grid = (x.shape[1], x.shape[2])
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x.flatten(1, 2)], dim=1)
         x = self._add_position(x, grid)
-        for block in self.blocks:
-            x = block(x, grid)
+        return self.forward_blocks(x if tap is None else tap.tokens("stem", x, grid), grid, tap=tap)
+
+    def forward_blocks(self, x: Tensor, grid: tuple[int, int], *, first: int = 0, tap: Tap | None = None) -> Tensor:
+        """Tokens as block ``first`` gets them (B, 1 + h w, D) -> normed tokens after the last block, the same shape."""
+        for layer in range(first, len(self.blocks)):
+            x = self.blocks[layer](x, grid, tap=tap, layer=layer)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:

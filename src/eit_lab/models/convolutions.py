@@ -33,6 +33,10 @@ class GridConv(nn.Module):
         tokens = self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([x[:, :1], tokens], dim=1)
 
+    def taps(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mean of |kernel| over the channels (1, 1, k k), the same for any input."""
+        return self.conv.weight.abs().mean(dim=(0, 1)).view(1, 1, -1)
+
 
 class LightweightConv(nn.Module):
     """One k x k kernel a head, shared by its channels, normalised by a softmax over its taps. The CLS row passes unchanged.
@@ -64,6 +68,10 @@ class LightweightConv(nn.Module):
         image = F.conv2d(image, kernels, padding=kernels.shape[-1] // 2, groups=len(kernels))
         return torch.cat([x[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
+    def taps(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mean of the kernels over the channels (1, 1, k k), the same for any input."""
+        return self.kernels().mean(dim=0).view(1, 1, -1)
+
 
 class DynamicConv(nn.Module):
     """As LightweightConv, but every token predicts its own kernels from its channels, by one linear layer without bias."""
@@ -94,6 +102,10 @@ class DynamicConv(nn.Module):
             mixed = mixed + image[:, dy : dy + h, dx : dx + w] * kernels[..., tap, None]
         return torch.cat([x[:, :1], mixed.flatten(3).flatten(1, 2)], dim=1)
 
+    def taps(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mean of each token's kernels over the channels (B, h w, k k), for an input of forward."""
+        return self.kernels(x[:, 1:]).mean(dim=2)
+
     def count_products(self, x: Tensor, grid: tuple[int, int]) -> int:
         """Multiply-accumulates of the taps for an input of forward; the linear layer's are not among them."""
         return x.shape[0] * grid[0] * grid[1] * x.shape[-1] * self.kernel_size**2
@@ -113,8 +125,12 @@ class LiteBranch(nn.Module):
         """(B, 1 + h w, c) -> (B, 1 + h w, c)."""
         return self.fc_out(self.conv(self.act(self.fc_in(x)), grid))
 
+    def taps(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Those of its convolution; the linear layers mix channels, not tokens."""
+        return self.conv.taps(self.act(self.fc_in(x)), grid)
 
-def build_convolution(ib: IBConfig, *, dim: int, num_heads: int) -> nn.Module:
+
+def build_convolution(ib: IBConfig, *, dim: int, num_heads: int) -> GridConv | LiteBranch:
     """The convolution branch for ``dim`` channels, a multiple of ``num_heads``: (B, 1 + h w, dim), (h, w) -> the same shape."""
     if ib.conv == "depthwise":
         return GridConv(dim, kernel_size=ib.kernel_size)

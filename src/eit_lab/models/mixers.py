@@ -8,12 +8,15 @@ operations to the last bit.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit_lab.config import IBConfig
 from eit_lab.models.convolutions import build_convolution
+from eit_lab.models.intermediates import AttentionMaps, ConvolutionTaps, Tap
 from eit_lab.schedule import LayerSplit
 
 # Up to so many tokens the product written out beats the fused kernel on CPU, forwards and with its backward:
@@ -46,10 +49,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """(B, N, a) -> (B, N, a)."""
         B, N, a = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, a // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        if tap is not None:
+            tap.attention(layer, AttentionMaps(q, k))
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, a))
 
 
@@ -62,9 +67,15 @@ class SplitMixer(nn.Module):
         self.conv = build_convolution(ib, dim=split.conv_dim, num_heads=num_heads) if split.conv_dim else None
         self.attn = SelfAttention(split.attn_dim, num_heads=num_heads) if split.attn_dim else None
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """Mix tokens on their grid: (B, 1 + h w, D) -> (B, 1 + h w, D)."""
         conv_in, attn_in = x.split(list(self.split), dim=-1)
         branches = [self.conv(conv_in, grid)] if self.conv is not None else []
-        branches += [self.attn(attn_in)] if self.attn is not None else []
+        branches += [self.attn(attn_in, tap=tap, layer=layer)] if self.attn is not None else []
+        if tap is not None:
+            names = [name for name, branch in (("conv", self.conv), ("attn", self.attn)) if branch is not None]
+            for name, branch in zip(names, branches, strict=True):
+                tap.branch(f"blocks.{layer}.{name}", branch)
+            if self.conv is not None:
+                tap.convolution(layer, ConvolutionTaps(partial(self.conv.taps, conv_in, grid), grid))
         return torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]
