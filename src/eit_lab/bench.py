@@ -40,8 +40,9 @@ Exit status 0 whether the goals are met or not; 2 for wrong input.
 
   python -m eit_lab.bench scaling --help     what training on many GPUs would take: a model, and a simulation beside it
   python -m eit_lab.bench sweep --help       what the sweep engine costs: ten thousand jobs that do nothing
+  python -m eit_lab.bench analysis --help    what looking inside a network costs, in time and memory
 """
-_VERBS = ("data", "scaling", "sweep")
+_VERBS = ("data", "scaling", "sweep", "analysis")
 _DEFAULTS = {
     "images": "2000", "photos": "", "out": "bench-data", "rounds": "5", "seconds": "4", "batch": "128", "cache": "", "fresh": "false",
 }  # fmt: skip
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from eit_lab.benchmark import engine
 
         return command.run(_main, arguments, help_text=engine.HELP)
+    if arguments[:1] == ["analysis"]:
+        from eit_lab.benchmark import inside
+
+        return command.run(_main, arguments, help_text=inside.HELP)
     return command.run(_main, arguments, help_text=_HELP)
 
 
@@ -92,6 +97,10 @@ def _main(argv: list[str]) -> int:
         from eit_lab.benchmark import engine
 
         return engine.run(argv[1:])
+    if argv[0] == "analysis":
+        from eit_lab.benchmark import inside
+
+        return inside.run(argv[1:])
     options = _options(argv[1:])
     from eit_lab.benchmark.results import summarise
 

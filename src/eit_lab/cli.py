@@ -16,12 +16,13 @@ COMMANDS = {
     "sweep": "run a declared ablation; status and cancel of any sweep",
     "search": "search hyper-parameters, each trial an ordinary run",
     "evaluate": "test a run again, or on any folder of images",
+    "analyze": "look inside networks: frequencies, heads, similarity, filters; figures and a page of images",
     "predict": "the five likeliest classes of an image",
     "export": "torch.export, ONNX or safetensors, checked",
     "shards": "pack a data set into shards, check them, look at them",
     "report": "tables, figures and statistics from records: HTML, Markdown, LaTeX, CSV",
     "dashboard": "a W&B dashboard as code, or a local web view of runs",
-    "bench": "time the data loading and the sweep engine of this machine; model what many GPUs would do",
+    "bench": "time the data loading, the sweep engine and the analysis on this machine; model what many GPUs would do",
     "selftest": "prove that a killed run comes back as the run that was never killed",
 }
 

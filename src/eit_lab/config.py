@@ -408,6 +408,17 @@ class TrainerConfig:
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
+class AnalysisConfig:
+    every_n_epochs: NonNegInt | None = _opt(
+        None,
+        "epochs between two looks inside the network, one more after the last epoch; 0: never. null: 10, or 0 with fsdp",
+    )
+    num_images: PosInt | None = _opt(
+        None, "held-out images that each look takes; null: as many as cost about 1% of the training, at most 512"
+    )
+
+
+@dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class NoLogger:
     kind: Literal["none"] = _req("metrics.csv only, which every run writes")
 
@@ -448,6 +459,7 @@ class Config:
     data: Annotated[DataConfig, Field(discriminator="kind")] = _req("on which images")
     recipe: RecipeConfig = _opt(RecipeConfig(), "how")
     trainer: TrainerConfig = _opt(TrainerConfig(), "where, and for how long; passed on to Lightning")
+    analysis: AnalysisConfig = _opt(AnalysisConfig(), "what is measured inside the network while it trains")
     logger: Annotated[LoggerConfig, Field(discriminator="kind")] = _req("where metrics go")
     run: RunConfig = _opt(RunConfig(), "folders")
 
@@ -458,6 +470,12 @@ class Config:
         return self.recipe.reference if imagenet else None
 
     def __post_init__(self) -> None:
+        every = self.analysis.every_n_epochs
+        if every and self.trainer.strategy == "fsdp":
+            raise ValueError(
+                f"analysis.every_n_epochs must be 0 or null with trainer.strategy=fsdp, where no process has all weights, "
+                f"got {every}; nearest: 0"
+            )
         devices = self.trainer.devices
         count = len(devices) if isinstance(devices, tuple) else devices
         known = isinstance(count, int) and count > 0  # else it is known on the machine only

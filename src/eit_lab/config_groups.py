@@ -20,7 +20,16 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from eit_lab.config import ConfigError, IBConfig, ModelConfig, RecipeConfig, RunConfig, TimmConfig, TrainerConfig
+from eit_lab.config import (
+    AnalysisConfig,
+    ConfigError,
+    IBConfig,
+    ModelConfig,
+    RecipeConfig,
+    RunConfig,
+    TimmConfig,
+    TrainerConfig,
+)
 from eit_lab.declaration import OPTION_KEYS, experiment_names
 from eit_lab.launchers import LAUNCHERS
 from eit_lab.loading import defaults, nearest, unknown_key
@@ -58,6 +67,7 @@ def register_schema(model_kind: str = "backbone") -> None:
             "model": model,
             "recipe": defaults(RecipeConfig),
             "trainer": defaults(TrainerConfig),
+            "analysis": defaults(AnalysisConfig),
             "run": defaults(RunConfig),
         },
     )

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eit_lab.config import Config, ConfigError, micro_batches
 from eit_lab.runs import DataFacts
+
+_MOST_ANALYSED = 512
+_DEFAULT_EVERY = 10
+_ANALYSIS_SHARE = 0.01
+# Forward passes that an image costs, in training and in an analysis (benchmarks/analysis.py).
+_TRAINED, _ANALYSED = 3.0, 1.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """When a run looks inside its network, and at how many images. The same on any number of processes."""
+
+    every: int
+    """Epochs between two; one more comes after the last epoch."""
+    num_images: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,8 @@ class Plan:
     """Images of the last, shorter step of an epoch; 0 where there is none."""
     tail_batches: int = 0
     """Micro-batches of one device in it."""
+    looks: Looks | None = None
+    """None: never."""
 
     def images(self, step: int) -> int:
         """Images trained on after so many steps."""
@@ -59,7 +76,7 @@ def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
     last = count_tail_batches(tail, micro_batch=micro_batch, world_size=world_size, group=group)
     epochs = t.max_epochs or (None if t.max_steps else config.recipe.epochs)
     by_epochs = steps * epochs if epochs else None
-    return Plan(
+    cut = Plan(
         world_size=world_size,
         batch_size=config.recipe.batch_size,
         micro_batch=micro_batch,
@@ -70,6 +87,25 @@ def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:
         tail=tail,
         tail_batches=last,
     )
+    return replace(cut, looks=_looks(config, facts, cut))
+
+
+def _looks(config: Config, facts: DataFacts, cut: Plan) -> Looks | None:
+    """When to look inside. How many images follows from counts and not from a clock, so that all seeds and machines have the same."""
+    every, num_images = config.analysis.every_n_epochs, config.analysis.num_images
+    if every == 0 or config.trainer.strategy == "fsdp":  # where only the default can have come this far
+        return None
+    every = every or _DEFAULT_EVERY
+    if num_images is None:
+        budget = _ANALYSIS_SHARE * _TRAINED * cut.images(cut.total_steps)
+        affordable = int(budget / (_ANALYSED * math.ceil(cut.epochs / every)))
+        num_images = max(1, min(affordable, facts.num_val, _MOST_ANALYSED))
+    elif num_images > facts.num_val:
+        raise ConfigError(
+            f"analysis.num_images must be at most the {facts.num_val:,} images that are held out of train, got {num_images}; "
+            f"nearest: {facts.num_val}"
+        )
+    return Looks(every=every, num_images=num_images)
 
 
 def count_tail_batches(tail: int, *, micro_batch: int, world_size: int, group: int) -> int:

@@ -42,6 +42,7 @@ RECORD_SCHEMA = 1
 PLACEMENT = (
     "run",
     "logger",
+    "analysis",  # it looks on: the weights are the same to the last bit
     "data.root",
     "data.download",
     "data.num_workers",

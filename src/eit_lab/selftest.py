@@ -263,6 +263,10 @@ def compare(alone: Path, killed: Path) -> Iterator[str]:
     records = [json.loads((folder / "record.json").read_text()) for folder in (alone, killed)]
     for key in ("status", "identity", "best", "result", "steps"):
         yield from _differences(records[0][key], records[1][key], f"record.json {key}")
+    looks = [_history(folder / "analysis" / "history.jsonl") for folder in (alone, killed)]
+    yield from _differences(looks[0], looks[1], "analysis/history.jsonl")
+    last = [_untimed(record["analysis"] or {}) for record in records]
+    yield from _differences(last[0], last[1], "record.json analysis")
     files = sorted(path.name for path in (alone / "samples").iterdir())
     for name in files:
         first, second = ((folder / "samples" / name).read_text().splitlines() for folder in (alone, killed))
@@ -275,6 +279,14 @@ def _metrics(path: Path) -> list[dict[str, str]]:
             {key: value for key, value in row.items() if not key.startswith("perf/") and value}
             for row in csv.DictReader(handle)
         ]
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    return [_untimed(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _untimed(look: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in look.items() if key not in ("seconds", "share_of_training")}
 
 
 def _differences(a: Any, b: Any, where: str) -> Iterator[str]:

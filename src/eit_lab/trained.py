@@ -107,8 +107,8 @@ def take_apart(
     return Words(options=found, overrides=tuple(overrides), rest=tuple(rest))
 
 
-def find(words: Words, *, command: str) -> Trained:
-    """What the options name. Raises ConfigError in one line for what does not exist, with what there is."""
+def find(words: Words, *, command: str, data: str = "imagenet") -> Trained:
+    """What the options name; ``data``: the group that goes with a file of weights. Raises ConfigError in one line for what does not exist, with what there is."""
     options = words.options
     weights: Literal["raw", "ema"] = "ema" if options.get("weights") == "ema" else "raw"
     if "run" in options:
@@ -123,7 +123,7 @@ def find(words: Words, *, command: str) -> Trained:
     if run is not None and "model" not in options:
         return _of_run(run, options["checkpoint"], weights, words.overrides)
     model = [f"{key}={options[key]}" for key in ("model", "model.timm_name") if key in options]
-    return _of_file(files, model, weights, words.overrides, command=command)
+    return _of_file(files, model, weights, words.overrides, command=command, data=data)
 
 
 def _of_run(run: Path, checkpoint: str | None, weights: Literal["raw", "ema"], overrides: Sequence[str]) -> Trained:
@@ -152,6 +152,7 @@ def _of_file(
     overrides: Sequence[str],
     *,
     command: str,
+    data: str,
 ) -> Trained:
     if not model and origin_of(files[0]) is None:
         raise ConfigError(
@@ -168,7 +169,7 @@ def _of_file(
     path = str(files[0]).replace("\\", "\\\\").replace("'", "\\'")
     config = compose_one(
         [
-            *model, f"checkpoint='{path}'", "data=imagenet", "logger=none",
+            *model, f"checkpoint='{path}'", f"data={data}", "logger=none",
             *preset, *map(_as_many_devices, overrides),
         ]
     )  # fmt: skip

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from eit_lab.config import Config, ImageNetData, micro_batches
@@ -122,6 +124,12 @@ class ImageData(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         """This rank's share of the test set."""
         return self._eval_loader("test")
+
+    def some_of(self, name: Part, chosen: NDArray[np.int64], *, batch_size: int) -> DataLoader[Batch]:
+        """This rank's share of the samples of a part that ``chosen`` names, in its order, not augmented."""
+        rank, world_size = self._place()
+        batches = EvalBatches(len(chosen), batch_size=batch_size, rank=rank, world_size=world_size, order=chosen)
+        return self._loader(name, batches)
 
     def _eval_loader(self, name: Part) -> DataLoader[Batch]:
         rank, world_size = self._place()

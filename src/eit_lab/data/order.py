@@ -278,3 +278,11 @@ class EvalBatches(Sampler[list[Item]]):
             end = min(first + self.batch_size, self.num_samples)
             places: Sequence[int] = range(first, end) if self.order is None else self.order[first:end].tolist()
             yield [(0, index, 0, 0) for index in places or (FILLER,)]
+
+
+def fixed_order(num_samples: int, *, seed: int) -> NDArray[np.int64]:
+    """A permutation of a part's samples that only its size and ``seed`` decide: the order of every analysis.
+
+    Neighbours are of any class then, and the first n are a fair subset, the same for all arms and training seeds.
+    """
+    return np.random.default_rng(seed).permutation(num_samples)

@@ -75,7 +75,7 @@ class Backbone(ImageModel):
         self.num_features = self.embed_dim = size.embed_dim
 
         self.stem = build_stem(config.stem, embed_dim=size.embed_dim, in_chans=in_chans)
-        self.grid = token_grid(self.stem, self.img_size, in_chans=in_chans)
+        self.grid = self.grid_of(self.img_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.embed_dim))
         num_tokens = 1 + self.grid[0] * self.grid[1]
         self.pos_embed = (
@@ -131,6 +131,10 @@ class Backbone(ImageModel):
                 f"{self.img_size[1]} px), got {grid[0]}x{grid[1]} tokens"
             )
         return x + self.pos_embed
+
+    def grid_of(self, img_hw: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the tokens of images of (H, W) px."""
+        return token_grid(self.stem, img_hw, in_chans=self.in_chans)
 
     def get_classifier(self) -> nn.Module:
         """The classifier: Linear(D, num_classes), or Identity without classes."""

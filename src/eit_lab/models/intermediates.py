@@ -27,6 +27,12 @@ class Tap:
         """The residual stream (B, 1 + h w, D), CLS first, after ``stem``, ``blocks.l.mixer`` or ``blocks.l.mlp``."""
         return x
 
+    def maps(self, name: str, x: Tensor) -> None:
+        """Features (B, C, h, w) of a model of timm that has no such tokens, each at its own grid; to be read, not changed.
+
+        ``name`` is timm's own (``layer1``, ``stages.0``), or as in ``tokens`` for a transformer without CLS.
+        """
+
     def branch(self, name: str, x: Tensor) -> None:
         """Output of one branch of a mixer (B, 1 + h w, c): ``blocks.l.conv`` or ``blocks.l.attn``."""
 
@@ -55,14 +61,19 @@ class AttentionMaps:
         """Width d of a head."""
         return self.q.shape[-1]
 
-    def logits(self, images: slice = slice(None), heads: slice = slice(None)) -> Tensor:
-        """Products q k^T / sqrt(d) of some images and heads: (b, h, N, N), float32."""
-        q, k = self.q[images, heads].float(), self.k[images, heads].float()
-        return (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+    def logits(
+        self, images: slice = slice(None), heads: slice = slice(None), queries: slice | Tensor = slice(None)
+    ) -> Tensor:
+        """Products q k^T / sqrt(d) of some images, heads and query tokens (by number): (b, h, n, N), float32."""
+        q, k = self.q[images, heads][:, :, queries].float(), self.k[images, heads].float()
+        with torch.autocast(q.device.type, enabled=False):
+            return (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
 
-    def maps(self, images: slice = slice(None), heads: slice = slice(None)) -> Tensor:
-        """The maps of some images and heads: (b, h, N, N), float32, rows summing to 1."""
-        return self.logits(images, heads).softmax(dim=-1)
+    def maps(
+        self, images: slice = slice(None), heads: slice = slice(None), queries: slice | Tensor = slice(None)
+    ) -> Tensor:
+        """The maps of some images, heads and query tokens: (b, h, n, N), float32, rows summing to 1."""
+        return self.logits(images, heads, queries).softmax(dim=-1)
 
     def parts(self, *, chunk: int = CHUNK) -> Iterator[tuple[slice, slice]]:
         """Slices of images and heads that cover all maps, each of ``chunk`` elements at most (one map at least)."""

@@ -94,6 +94,16 @@ def build_stem(config: StemConfig, *, embed_dim: int, in_chans: int) -> nn.Modul
     raise AssertionError(f"a stem with nulls left, call ModelConfig.for_images first: {config}")
 
 
+def token_pitch(config: StemConfig) -> float:
+    """Distance of two neighbouring tokens in px, of a config whose nulls are filled in."""
+    match config:
+        case EITStem(stride=int(stride), pool=int(pool)):
+            return float(stride * pool)
+        case PatchifyStem(pitch=int(pitch)) | ConvStem(pitch=int(pitch)):
+            return float(pitch)
+    raise AssertionError(f"a stem with nulls left, call ModelConfig.for_images first: {config}")
+
+
 def token_grid(stem: nn.Module, img_hw: tuple[int, int], *, in_chans: int) -> tuple[int, int]:
     """(h, w) of the tokens that the stem really makes, asked of the stem itself on the meta device."""
     was_training = stem.training

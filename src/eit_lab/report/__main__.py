@@ -64,7 +64,7 @@ def _write(report: object, out: Path) -> None:
     except OSError as error:
         raise ConfigError(f"out must name a folder that can be written, got {str(out)!r}: {error.strerror}") from None
     if report.ablation.arms:
-        print(terminal_table(arms_table(report.ablation.arms, report.metric)))
+        print(terminal_table(arms_table(report.ablation.arms, report.metric, report.analyses)))
     more = [note for note in notes(report.ablation) if note not in report.sentences]
     print("\n".join([facts(report), *report.sentences, *more]))
     print(f"report {written[0]} (and {', '.join(path.name for path in written[1:])}, CSV, figures/)")

@@ -10,12 +10,15 @@ from matplotlib.figure import Figure
 
 from eit_lab.config import ConfigError
 from eit_lab.loading import nearest
-from eit_lab.report import content, curves, figures, pareto
+from eit_lab.report import content, curves, figures, inside_tables, pareto
+from eit_lab.report.analyses import ARGUED, QUANTITIES, Analyses, choose
 from eit_lab.report.arms import Ablation, Arm, collect
 from eit_lab.report.comparison import Comparison, compare
 from eit_lab.report.figure import PANEL, save_figure, style
+from eit_lab.report.interpretation import Interpretation, interpret, interval_text, rho_text
 from eit_lab.report.metric import Metric, metric_of
 from eit_lab.report.records import Source
+from eit_lab.report.scatter import scatter_figure
 from eit_lab.report.tables import Table, csv_text
 from eit_lab.report.verdict import verdict
 
@@ -44,6 +47,8 @@ class Section:
     anchor: str
     title: str
     text: tuple[str, ...] = ()
+    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Findings under a heading of their own, a sentence each."""
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
@@ -59,6 +64,9 @@ class Report:
     comparisons: list[Comparison]
     sentences: list[str]
     sections: list[Section]
+    analyses: Analyses | None = None
+    """What was found inside the networks; None where no run was looked into."""
+    interpretation: Interpretation = field(default_factory=Interpretation)
 
     @property
     def drawings(self) -> list[Drawing]:
@@ -79,6 +87,8 @@ def build(sources: Sequence[Source], *, metric: str | None = None, baseline: str
     found = metric_of(key)
     ablation = collect(sources, found, baseline=baseline)
     comparisons = compare(ablation)
+    analyses = choose(ablation.arms)
+    interpretation = interpret(analyses, found) if analyses else Interpretation()
     questions = dict.fromkeys(str(d["question"]) for d in declared if d.get("question"))
     report = Report(
         title=" and ".join(dict.fromkeys(source.name for source in sources)),
@@ -86,8 +96,10 @@ def build(sources: Sequence[Source], *, metric: str | None = None, baseline: str
         metric=found,
         ablation=ablation,
         comparisons=comparisons,
-        sentences=verdict(ablation, comparisons),
+        sentences=[*verdict(ablation, comparisons), *filter(None, [interpretation.headline])],
         sections=[],
+        analyses=analyses,
+        interpretation=interpretation,
     )
     with style():
         report.sections = list(_sections(report))
@@ -109,13 +121,13 @@ def _sections(report: Report) -> Iterator[Section]:
     if report.comparisons:
         yield _differences(report)
         yield Section("images", "Per image", tables=content.images_tables(report.comparisons))
+    if report.analyses is not None:
+        yield _inside(report.analyses, report)
     if arms:
         drawn = _few(report)
         for section in (_curves(drawn, report), _pareto(report), _factor(arms, metric)):
             if section is not None:
                 yield section
-        if (table := content.analysis_table(arms)) is not None:
-            yield Section("analysis", "Analysis", tables=[table])
     yield Section("cost", "Cost", tables=[content.cost_table(report.ablation)])
     yield _left_out(report.ablation)
     if arms:
@@ -140,7 +152,7 @@ def _accuracy(report: Report) -> Section:
         "accuracy",
         _capital(metric.name),
         drawings=[drawing],
-        tables=[content.arms_table(arms, metric)],
+        tables=[content.arms_table(arms, metric, report.analyses)],
     )
 
 
@@ -165,8 +177,8 @@ def _differences(report: Report) -> Section:
         "differences",
         "Differences",
         tuple(text),
-        drawings,
-        [content.differences_table(report.comparisons, report.metric)],
+        drawings=drawings,
+        tables=[content.differences_table(report.comparisons, report.metric)],
     )
 
 
@@ -203,7 +215,7 @@ def _curves(drawn: Sequence[tuple[int, Arm]], report: Report) -> Section | None:
         text.append(f"{len(drawn)} of {total} arms: the baselines and those with the best means.")
     if not any("hours" in curve.x for _, curve in found):
         text.append("Wall clock was not recorded.")
-    return Section("curves", "Learning curves", tuple(text), made)
+    return Section("curves", "Learning curves", tuple(text), drawings=made)
 
 
 def _pareto(report: Report) -> Section | None:
@@ -229,6 +241,55 @@ def _factor(arms: Sequence[Arm], metric: Metric) -> Section | None:
     return Section(
         "factor", "Along the factor", drawings=[Drawing("factor", figures.factor_figure(arms, metric, key), caption)]
     )
+
+
+def _inside(analyses: Analyses, report: Report) -> Section:
+    """What was measured inside the networks, and what it says beside accuracy."""
+    found, metric = report.interpretation, report.metric
+    text = [_measured(analyses)]
+    lists = [("What the runs say", found.sentences), ("What else can move these figures", found.confounds)]
+    shown = {place for place, _ in _few(report)}
+    made = [
+        Drawing(f"inside_{key}", figure, _scatter_caption(found, metric, key))
+        for key in ARGUED
+        if (figure := scatter_figure(analyses, metric, key, shown=shown)) is not None
+    ]
+    tables = [*inside_tables.means_tables(analyses), inside_tables.correlations_table(found, metric)]
+    tables.append(inside_tables.unused_table(analyses))
+    return Section(
+        "inside",
+        "Inside the network",
+        tuple(text),
+        tuple((title, tuple(said)) for title, said in lists if said),
+        made,
+        [table for table in tables if table is not None],
+    )
+
+
+def _measured(analyses: Analyses) -> str:
+    """Of what the figures are, in a paragraph."""
+    if not analyses.arms:
+        return "No run has an analysis that can be read."
+    first = analyses.arms[0].first
+    images = "images" if first.images is None else f"{first.images:,} images"
+    size = "" if first.img_size is None else f" at {first.img_size[0]}x{first.img_size[1]} px"
+    part = {"test": "the test set", "val": "the slice held out of training"}.get(first.part, first.part)
+    text = f"Measured {analyses.when} on {images} of {first.data or 'its data'}{size}"
+    text += f" ({part})" if part else ""
+    text += f", {'averaged (EMA)' if first.weights == 'ema' else 'raw'} weights: {analyses.used} of {analyses.runs} runs that count."
+    if analyses.unused:
+        text += " The others are listed below: analyses that are not alike are never mixed."
+    return text
+
+
+def _scatter_caption(found: Interpretation, metric: Metric, key: str) -> str:
+    caption = f"{_capital(metric.title)} against {QUANTITIES[key].name}: every run a small mark, the mean of an arm a large one."
+    one = found.of(key, metric.key)
+    if one is None or one.pooled.value is None:
+        return caption + (f" No rank correlation: {one.pooled.reason}." if one else "")
+    spread = interval_text(one.pooled)
+    spread = f", 95% interval {spread}" if spread else f", no interval ({one.pooled.no_interval})"
+    return f"{caption} Spearman's ρ = {rho_text(one.pooled.value)} over {one.runs} runs of {one.arms} arms{spread}."
 
 
 def _left_out(ablation: Ablation) -> Section:
@@ -259,10 +320,15 @@ def write_figures(report: Report, folder: Path) -> dict[str, str]:
 def csv_files(report: Report) -> dict[str, str]:
     """File name -> text."""
     ablation, comparisons, metric = report.ablation, report.comparisons, report.metric
+    inside = {}
+    if report.analyses is not None:
+        inside["inside.csv"] = csv_text(inside_tables.inside_rows(report.analyses, metric))
+        inside["correlations.csv"] = csv_text(inside_tables.correlation_rows(report.interpretation))
     return {
-        "arms.csv": csv_text(content.arms_rows(ablation.arms, metric)),
+        "arms.csv": csv_text(content.arms_rows(ablation.arms, metric, report.analyses)),
         "differences.csv": csv_text(content.differences_rows(comparisons, metric)),
         "images.csv": csv_text(content.images_rows(comparisons)),
         "cost.csv": csv_text(content.cost_rows(ablation)),
         "runs.csv": csv_text(content.runs_rows(ablation)),
+        **inside,
     }

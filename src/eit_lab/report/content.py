@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import mean, stdev
 from typing import Any
 
 from eit_lab.report import stats
+from eit_lab.report.analyses import Analyses
 from eit_lab.report.arms import Ablation, Arm, device
 from eit_lab.report.comparison import Comparison
 from eit_lab.report.curves import TRAINING_MACS
@@ -24,9 +24,10 @@ _MANY = 30
 """Rows over which a list of runs is folded."""
 
 
-def arms_table(arms: Sequence[Arm], metric: Metric) -> Table:
-    """Mean, spread and cost of each arm."""
-    rows = []
+def arms_table(arms: Sequence[Arm], metric: Metric, analyses: Analyses | None = None) -> Table:
+    """Mean, spread and cost of each arm, and beside them what was found inside of it."""
+    beside = analyses.beside if analyses else []
+    rows: list[tuple[str, ...]] = []
     for arm in arms:
         found = arm.estimate(metric)
         rows.append(
@@ -36,23 +37,38 @@ def arms_table(arms: Sequence[Arm], metric: Metric) -> Table:
                 metric.text(found.mean),
                 metric.text(found.std) if found.n > 1 else NO,
                 f"[{metric.text(found.low)}, {metric.text(found.high)}]" if found.n > 1 else "one seed",
+                *inside_cells(arm, analyses),
                 _count(arm.fact("cost", "params")),
                 _si(arm.fact("cost", "macs")),
             )
         )
-    columns = ("arm", "seeds", metric.title, "std", "95% interval", "parameters", "MACs")
+    inside = (one.title for one in beside)
+    columns = ("arm", "seeds", metric.title, "std", "95% interval", *inside, "parameters", "MACs")
     note = "mean and sample standard deviation over seeds; interval by Student's t; MACs of a forward pass of one image"
+    note += "; HFD share, Head Diversity: means over layers, see Inside the network" if beside else ""
     return Table("arms", f"{metric.name[0].upper()}{metric.name[1:]} by arm", columns, rows, note=note)
 
 
-def arms_rows(arms: Sequence[Arm], metric: Metric) -> Iterator[Row]:
+def inside_cells(arm: Arm, analyses: Analyses | None) -> list[str]:
+    """An arm's figures that stand beside its accuracy, where the report has such figures."""
+    own = analyses.of(arm) if analyses else None
+    found = [(one, own.estimate(one.key) if own else None) for one in (analyses.beside if analyses else ())]
+    return [NO if value is None else one.mean_std(value) for one, value in found]
+
+
+def arms_rows(arms: Sequence[Arm], metric: Metric, analyses: Analyses | None = None) -> Iterator[Row]:
     """For CSV, values as recorded (accuracies in [0, 1])."""
+    beside = [one.key for one in analyses.beside] if analyses else []
     for arm in arms:
         found = stats.estimate([value / metric.scale for value in arm.values(metric)])
+        own = analyses.of(arm) if analyses else None
+        inside = {key: own.estimate(key) if own else None for key in beside}
         yield {
             "arm": arm.label, "metric": metric.key, "seeds": found.n, "mean": found.mean, "std": _nan(found.std),
             "low95": _nan(found.low), "high95": _nan(found.high), "params": arm.fact("cost", "params"),
             "macs": arm.fact("cost", "macs"), "macs_thop": arm.fact("cost", "macs_thop"), "img_per_s": images_per_s(arm),
+            **{key: value.mean if value else None for key, value in inside.items()},
+            **{f"{key}_std": _nan(value.std) if value else None for key, value in inside.items()},
             **{key: str(value) for key, value in arm.point.items()},
         }  # fmt: skip
 
@@ -282,44 +298,6 @@ def runs_rows(ablation: Ablation) -> Iterator[Row]:
     for absent in ablation.left_out:
         if absent.entry is None:
             yield {"arm": absent.arm, "seed": absent.seed, "state": absent.state, "why": absent.why}
-
-
-def analysis_table(arms: Sequence[Arm]) -> Table | None:
-    """Every number of ``record["analysis"]``, mean and standard deviation over seeds; None where no run has one."""
-    found = {arm.label: _analysis(arm) for arm in arms}
-    keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
-    if not keys:
-        return None
-    rows = [
-        (key, *(_mean_std(found[arm.label].get(key, [])) for arm in arms)) for key in keys
-    ]  # a quantity a row: there are more of them than arms
-    note = "mean ± standard deviation over the seeds that have it"
-    return Table(
-        "analysis", "Analysis of the trained models", ("quantity", *(arm.label for arm in arms)), rows, note=note
-    )
-
-
-def _analysis(arm: Arm) -> dict[str, list[float]]:
-    numbers: dict[str, list[float]] = {}
-    for seed in arm.seeds:
-        for key, value in _leaves(arm.runs[seed].record.get("analysis")):
-            numbers.setdefault(key, []).append(value)
-    return numbers
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a nested mapping with its dotted key; lists are left to figures."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    elif (found := number(value)) is not None:
-        yield prefix, found
-
-
-def _mean_std(values: Sequence[float]) -> str:
-    if not values:
-        return NO
-    return f"{mean(values):.4g} ± {stdev(values):.2g}" if len(values) > 1 else f"{values[0]:.4g}"
 
 
 def _seed(seed: int | None) -> str:

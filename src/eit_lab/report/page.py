@@ -6,7 +6,7 @@ The figures are in the page as SVG. Their colours are exchanged for the page's o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eit_lab.report.build import Report, csv_files, write_figures
@@ -19,7 +19,7 @@ PAGE = "report.html"
 # The same hues on dark paper: blue and vermilion lighter, so that thin lines keep a contrast of 3 to 1 and more.
 DARK_COLOURS = ("#3b9bdc", "#e69f00", "#1fb88a", "#cc79a7", "#e8702a", "#8ccdf2")
 _TOGETHER = re.compile(
-    r"(?<=\b[pn]) (?=[=<])|(?<=[=<]) (?=[\d+\N{MINUS SIGN}])|(?<=\d) (?=points\b|seeds?\b)|(?<=95%) (?=CI)|(?<=\bCI) "
+    r"(?<=\b[pnρ]) (?=[=<])|(?<=[=<]) (?=[\d+\N{MINUS SIGN}])|(?<=\d) (?=points\b|seeds?\b)|(?<=95%) (?=CI)|(?<=\bCI) "
 )
 _MINUS = re.compile(r"(?<![^\s(\[=,:])-(?=\d)")
 
@@ -120,6 +120,8 @@ def to_markdown(report: Report) -> str:
     for section in report.sections:
         parts.append(f"## {section.title}")
         parts += [markdown(text) for text in section.text]
+        for title, said in section.lists:
+            parts += [f"### {title}", "\n".join(f"- {markdown(one)}" for one in said)]
         for drawing in section.drawings:
             parts.append(f"![{markdown(drawing.caption)}](figures/{drawing.stem}.svg)")
         for table in section.tables:
@@ -129,10 +131,15 @@ def to_markdown(report: Report) -> str:
 
 
 def to_latex(report: Report) -> str:
-    """The verdict and the tables, to be taken into a paper; the list of single runs is left to the other forms."""
+    """The verdict, the findings and the tables, to be taken into a paper; the list of single runs is left to the other forms."""
     head = "% \\input{report} in a document with \\usepackage{booktabs}; figures are in figures/.\n"
-    verdict = (
-        "\\begin{itemize}\n" + "".join(f"  \\item {latex(said)}\n" for said in report.sentences) + "\\end{itemize}\n"
-    )
-    tables = [latex_table(table) for section in report.sections for table in section.tables if table.stem != "runs"]
-    return "\n".join([head, verdict, *tables])
+    parts = [head, _latex_list(report.sentences)]
+    for section in report.sections:
+        for title, said in section.lists:
+            parts.append(f"\\paragraph{{{latex(f'{section.title}: {title}')}}}\n{_latex_list(said)}")
+        parts += [latex_table(table) for table in section.tables if table.stem != "runs"]
+    return "\n".join(parts)
+
+
+def _latex_list(sentences: Sequence[str]) -> str:
+    return "\\begin{itemize}\n" + "".join(f"  \\item {latex(said)}\n" for said in sentences) + "\\end{itemize}\n"

@@ -1,8 +1,9 @@
 """Runs as a report reads them: from run folders, sweeps and experiments, or from a ``records.jsonl`` made of them.
 
-``records.jsonl`` has one JSON line a run with all that a report draws: the record, the rows of metrics.csv at validations,
-and for every test image whether it was classified rightly, a bit an image. So an experiment's evidence fits into its folder
-(some kilobytes a run), and its report can be drawn anew where the runs are not. Where files lie, and on which machine, is left out.
+``records.jsonl`` has one JSON line a run with all that a report draws: the record, the figures of its analysis (digest.py), the rows of
+metrics.csv at validations, and for every test image whether it was classified rightly, a bit an image. So an experiment's evidence
+fits into its folder (some tens of kilobytes a run), and its report can be drawn anew where the runs are not. Where files lie, and on which
+machine, is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from eit_lab import declaration
 from eit_lab.config import ConfigError
 from eit_lab.manifest import Entry, Manifest, is_sweep, read_manifest
+from eit_lab.report.digest import TRAINING, digest, read_analysis
 from eit_lab.report.metric import number
 from eit_lab.runs import json_ready, read_record, write_text
 
@@ -56,7 +58,7 @@ class RunEntry:
     """One run, or one that should be there: what its record says, and where the rest is read when it is needed."""
 
     record: Mapping[str, Any]
-    """Empty for a run that has none yet."""
+    """Empty for a run that has none yet. ``analysis``: the one made afterwards, else the run's own; where there are both, that one is ``analysis_in_training``."""
     arm: str
     seed: int | None
     status: str
@@ -65,6 +67,8 @@ class RunEntry:
     name: str
     """Of its folder."""
     folder: Path | None = None
+    unread: str = ""
+    """What lies in its folder and is not used, with the reason."""
     stored: Mapping[str, Any] | None = None
     """The line of ``records.jsonl`` it comes from."""
 
@@ -185,10 +189,17 @@ def _entry(folder: Path, *, listed: Entry | None = None) -> RunEntry:
         record = read_record(folder) or {}
     except ConfigError:
         record = {"status": "damaged"}
-    return _from_record(record, folder=folder, listed=listed)
+    own = record.get("analysis")
+    if isinstance(own, Mapping):
+        record["analysis"] = digest({**own, "when": TRAINING})
+    analysis, unread = read_analysis(folder, identity=record.get("identity"))
+    if analysis is not None:
+        record |= {"analysis_in_training": record["analysis"]} if isinstance(own, Mapping) else {}
+        record["analysis"] = analysis
+    return _from_record(record, folder=folder, listed=listed, unread=plain_text(unread))
 
 
-def _from_record(record: Mapping[str, Any], *, folder: Path, listed: Entry | None) -> RunEntry:
+def _from_record(record: Mapping[str, Any], *, folder: Path, listed: Entry | None, unread: str) -> RunEntry:
     config = record.get("config") or {}
     label = (config.get("run") or {}).get("arm") or (config.get("model") or {}).get("name") or record.get("name")
     error = str(record.get("error") or "").strip()
@@ -200,6 +211,7 @@ def _from_record(record: Mapping[str, Any], *, folder: Path, listed: Entry | Non
         said=plain_text(error.splitlines()[0]) if error else "",
         name=folder.name,
         folder=folder,
+        unread=unread,
     )
 
 
@@ -226,7 +238,9 @@ def _validations(path: Path) -> Curve:
         lines = [line for line in lines if not line.endswith(",")]
     places = [place for place, name in enumerate(names) if name.startswith("val/")]
     rows = [row for row in csv.reader(lines) if len(row) == len(names) and any(row[place] for place in places)]
-    kept = [(place, name) for place, name in enumerate(names) if not name.startswith(("train/", "optim/"))]
+    # Those of single layers are in the record too, of the last look.
+    left_out = [name for name in names if name.startswith(("train/", "optim/")) or name.count("/") > 1]
+    kept = [(place, name) for place, name in enumerate(names) if name not in left_out]
     return {name: [_cell(row[place]) for row in rows] for place, name in kept}
 
 
@@ -298,6 +312,7 @@ def _lines(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
                 "said": entry.said,
                 "name": entry.name,
                 "superseded": superseded,
+                "unread": entry.unread,
                 "record": _without_places(entry.record),
                 "curve": entry.curve,
                 "predictions": _pack(entry.predictions),
@@ -309,6 +324,9 @@ def _without_places(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in ("command", "error_lines", "sync", "wandb")}
     if "versions" in kept:
         kept["versions"] = {key: value for key, value in kept["versions"].items() if key != "host"}
+    kept |= {
+        key: digest(kept[key]) for key in ("analysis", "analysis_in_training") if isinstance(kept.get(key), Mapping)
+    }
     if "config" not in kept:
         return kept
     config = kept["config"] = json.loads(json.dumps(record["config"]))
@@ -331,7 +349,7 @@ def _read_jsonl(path: Path) -> list[Source]:
                 assert line["schema"] == SCHEMA
                 entry = RunEntry(
                     record=line["record"], arm=line["arm"], seed=line["seed"], status=line["status"], said=line["said"],
-                    name=line["name"], stored={"curve": line["curve"], "predictions": line["predictions"]},
+                    name=line["name"], unread=line.get("unread", ""), stored={"curve": line["curve"], "predictions": line["predictions"]},
                 )  # fmt: skip
                 _, current, old = by_source.setdefault(line["source"], (line["declaration"], [], []))
                 (old if line["superseded"] else current).append(entry)

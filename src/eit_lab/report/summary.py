@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from eit_lab.report.analyses import Analyses, choose
 from eit_lab.report.arms import Ablation, Arm, LeftOut, collect
 from eit_lab.report.comparison import Comparison, compare
-from eit_lab.report.content import NO, runs_rows
+from eit_lab.report.content import NO, inside_cells, runs_rows
 from eit_lab.report.metric import metric_of
 from eit_lab.report.pareto import images_per_s
 from eit_lab.report.records import read_sources
@@ -34,20 +35,27 @@ def write_summary(folder: Path) -> str:
 
     with style():
         save_figure(accuracy_figure(ablation.arms, metric), folder / "accuracy")
-    table = _table(ablation, compare(ablation))
+    table = _table(ablation, compare(ablation), choose(ablation.arms))
     write_text(folder / "summary.md", markdown_table(table) + "".join(f"\n{markdown(note)}\n" for note in said))
     write_text(folder / "summary.csv", csv_text(runs_rows(ablation)))
     lines = [terminal_table(_first(table)), *said, f"figure {folder / 'accuracy.png'} (and .svg)"]
     return "\n".join([*lines, f"report: python -m eit_lab.report {folder}"])
 
 
-def _table(ablation: Ablation, comparisons: Sequence[Comparison]) -> Table:
+def _table(ablation: Ablation, comparisons: Sequence[Comparison], analyses: Analyses | None) -> Table:
     metric = ablation.metric
     found = {id(one.arm): one for one in reversed(comparisons)}  # the first comparison of an arm
     against = {one.against.label for one in comparisons}
     name = against.pop() if len(against) == 1 else "its baseline"
     rows: list[tuple[str, ...]] = [
-        (arm.label, *_cost(arm), *_value(arm, ablation), _speed(arm), _difference(found.get(id(arm))))
+        (
+            arm.label,
+            *_cost(arm),
+            *_value(arm, ablation),
+            *inside_cells(arm, analyses),
+            _speed(arm),
+            _difference(found.get(id(arm))),
+        )
         for arm in ablation.arms
     ]
     unit = f"{metric.difference_unit}, " if metric.difference_unit else ""
@@ -57,6 +65,7 @@ def _table(ablation: Ablation, comparisons: Sequence[Comparison]) -> Table:
         "MACs",
         metric.title,
         "seeds",
+        *(one.title for one in (analyses.beside if analyses else ())),
         "images/s",
         f"minus {name} ({unit}95% interval)",
     )

@@ -15,6 +15,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "±": r"$\pm$",
     "×": r"$\times$", "−": r"$-$", "≥": r"$\geq$", "≤": r"$\leq$",
+    "ρ": r"$\rho$",
 }  # fmt: skip
 _COLUMNS, _COLUMNS_OF_A_FILE = 110, 240
 _MINUS = re.compile(r"(?<![\w.)\]-])-(?=\d)")

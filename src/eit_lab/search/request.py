@@ -22,8 +22,8 @@ from eit_lab.search.space import SearchSpace, read_space
 _METRICS = tuple(f"val/{name}{suffix}" for name in ("acc1", "acc5", "loss") for suffix in ("", "_ema"))
 # What an override can begin with besides: a word that is none of these and close to an option is a typo of it.
 _CONFIG_KEYS = (
-    "seed", "checkpoint", "checkpoint_weights", "model", "data", "recipe", "trainer", "logger", "run", "debug",
-    "experiment", "hydra",
+    "seed", "checkpoint", "checkpoint_weights", "model", "data", "recipe", "trainer", "analysis", "logger", "run",
+    "debug", "experiment", "hydra",
 )  # fmt: skip
 # Distributions as other tools write them, and what they are here.
 _FOREIGN = re.compile(r"(log|loguniform|log_uniform|uniform|int|quniform|logspace)\(([^()]*)\)")

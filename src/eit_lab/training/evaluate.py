@@ -55,7 +55,7 @@ def evaluate(
     if config.trainer.compile:
         model.compile()  # as in training, for the same digits
     classifier = Classifier(model, config.recipe, _normaliser(config, num_classes), ema=ema)
-    with _trainer(config) as trainer:
+    with evaluation_trainer(config) as trainer:
         run = trainer.test if part == "test" else trainer.validate
         data = ImageData(config)
         run(classifier, datamodule=data, verbose=False)
@@ -74,10 +74,9 @@ def evaluate_variant(
     if config.trainer.compile:
         model.compile()
     test = VariantTest(model, variant, _normaliser(config, num_classes))
-    with _trainer(config) as trainer:
+    with evaluation_trainer(config) as trainer:
         trainer.test(test, datamodule=VariantData(config, variant), verbose=False)
-        counts: NDArray[np.int64] = test.tally.compute().cpu().numpy()
-    return counts
+    return test.counts.numpy()
 
 
 class VariantData(ImageData):
@@ -108,6 +107,8 @@ class VariantTest(LightningModule):
         for name, value in (("targets", targets), ("group", group), ("forbidden", forbidden)):
             self.register_buffer(name, value, persistent=False)
         self.num_answers = int((~forbidden).sum())
+        self.counts = torch.zeros(0)
+        """(G, 3), see Tally; over all ranks, after the test."""
 
     def logits(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) -> logits (B, num_classes), -inf for classes that the variant does not have."""
@@ -121,6 +122,10 @@ class VariantTest(LightningModule):
         top = self.logits(batch.images)[counted].topk(min(5, self.num_answers), dim=-1).indices
         hits = (top[:, :, None] == self.get_buffer("targets")[index][:, None, :]).any(dim=-1)  # (B, 5)
         self.tally.update(self.get_buffer("group")[index], hits)
+
+    def on_test_epoch_end(self) -> None:
+        """Add up over the ranks here: afterwards Lightning takes everything off the device that ranks talk over."""
+        self.counts = self.tally.compute().cpu()
 
 
 class Tally(Metric):
@@ -158,8 +163,9 @@ def _normaliser(config: Config, num_classes: int) -> BatchAugment:
 
 
 @contextmanager
-def _trainer(config: Config) -> Iterator[Trainer]:
-    callbacks: list[Callback] = [EvaluationBar()] if config.trainer.progress_bar else []
+def evaluation_trainer(config: Config, *, bar: EvaluationBar | None = None) -> Iterator[Trainer]:
+    """A Trainer for passes over images, with a progress bar. What a loader's process meets is one line."""
+    callbacks: list[Callback] = [bar or EvaluationBar()] if config.trainer.progress_bar else []
     with tempfile.TemporaryDirectory() as scratch:
         try:
             yield build_trainer(config, folder=Path(scratch), callbacks=callbacks, logger=[])
@@ -175,7 +181,9 @@ def _trainer(config: Config) -> Iterator[Trainer]:
 class EvaluationBar(Callback):
     """A bar with the time left; off a terminal, a line a minute. On stderr, so that the result alone is on stdout."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, name: str | None = None) -> None:
+        """``name``: what the bar says is done; else the part of the data set."""
+        self.name = name
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
         self._done = self._total = 0
@@ -187,7 +195,7 @@ class EvaluationBar(Callback):
         self._done, self._total = 0, int(sum(batches))
         self._began = self._said = time.monotonic()
         if self.console.is_terminal:
-            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeElapsedColumn())
+            columns = (TextColumn(self.name or name), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
             self._task = self._bar.add_task("", total=self._total)
             self._bar.start()

@@ -41,6 +41,7 @@ from eit_lab.training.checkpoint import Keeper, WholeFiles, pick, position
 from eit_lab.training.curve import PublishedCurve
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.energy import NOT_READ, Energy, open_counter
+from eit_lab.training.inside import InsideLog
 from eit_lab.training.metrics_file import MetricsFile
 from eit_lab.training.module import Classifier, NotFiniteError
 from eit_lab.training.outcome import finish, write_classes
@@ -74,6 +75,7 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
         "versions": versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "best": None,
+        "analysis": None,
         "result": None,
         "energy_wh": None,
         "energy_source": NOT_READ,
@@ -192,6 +194,8 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         callbacks.append(PublishedCurve(run.folder, reference, name=config.model.name))
     if config.trainer.record_samples:
         callbacks.append(SampleLog(run.folder, ranks))
+    if cut.looks is not None:
+        callbacks.append(InsideLog(config, run, record, clock, cut.looks, data=data, ranks=ranks))
     if config.trainer.progress_bar:
         callbacks.append(ProgressLine(clock, cut, keeper))
     t = config.trainer

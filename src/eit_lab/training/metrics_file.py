@@ -27,6 +27,8 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = path
         self._rows: list[dict[str, str]] = []
+        self._names: frozenset[str] = frozenset()
+        self._lines: list[str] = []  # of the first rows, as they stand in the file under these names
         self._written_at = time.monotonic()
         if path.is_file():
             with path.open(newline="") as handle:
@@ -53,6 +55,7 @@ class MetricsFile(Logger):
         step = 0 if step is None else step
         while self._rows and int(self._rows[-1]["step"]) > step:  # of steps that are redone after a resume
             self._rows.pop()
+        del self._lines[max(0, len(self._rows) - 1) :]  # the last row may be about to change
         if not self._rows or int(self._rows[-1]["step"]) != step:
             self._rows.append({"step": str(step)})
         self._rows[-1].update(values)
@@ -80,8 +83,11 @@ class MetricsFile(Logger):
             self._write()
 
     def _write(self) -> None:
-        names = sorted({name for row in self._rows for name in row} - {"step", "epoch"})
-        lines = [",".join(["step", "epoch", *names])]
-        lines += [",".join(row.get(name, "") for name in ("step", "epoch", *names)) for row in self._rows]
-        write_text(self.path, "\n".join(lines) + "\n")
+        # A row is put into words once: there may be tens of thousands of them, with hundreds of columns.
+        names = self._names.union(*self._rows[len(self._lines) :])
+        if names != self._names:
+            self._names, self._lines = names, []
+        columns = ["step", "epoch", *sorted(names - {"step", "epoch"})]
+        self._lines += [",".join(row.get(name, "") for name in columns) for row in self._rows[len(self._lines) :]]
+        write_text(self.path, "\n".join([",".join(columns), *self._lines]) + "\n")
         self._written_at = time.monotonic()

@@ -15,7 +15,7 @@ from eit_lab.config import Config, ImageNetData, WandbLogger
 from eit_lab.data.batch import Batch
 from eit_lab.data.module import ImageData
 from eit_lab.runs import Run, write_text
-from eit_lab.training import curve
+from eit_lab.training import curve, inside
 from eit_lab.training.checkpoint import StopInTest
 from eit_lab.training.metrics_file import MetricsFile
 from eit_lab.training.mistakes import count_confusion, save_mistakes, worst_mistakes, write_confusion
@@ -89,7 +89,8 @@ def _show(
         if isinstance(log, WandbLog):
             assert isinstance(config.logger, WandbLogger)
             costs = {f"cost/{name}": record["cost"][name] for name in ("params", "macs")}
-            log.set_summary({**result, **costs, **{key: record[key] for key in _IN_SUMMARY}})
+            looks = inside.summary(record["analysis"]) if record["analysis"] else {}
+            log.set_summary({**result, **costs, **looks, **{key: record[key] for key in _IN_SUMMARY}})
             log.log_confusion(counts, class_names=names)
             mistakes = worst_mistakes(
                 index=columns["index"],

@@ -16,6 +16,7 @@ from eit_lab.config import AnyModelConfig, Config, TimmConfig
 from eit_lab.models.cost import Cost
 from eit_lab.plan import Plan
 from eit_lab.runs import DataFacts, Run
+from eit_lab.training import inside
 from eit_lab.units import si
 
 
@@ -111,6 +112,8 @@ def closing_line(record: dict[str, Any], run: Run) -> str:
         )
     if record.get("unread"):
         lines.append(f"left out: {len(record['unread'])} images that could not be read; unread.jsonl names them")
+    if record.get("analysis"):
+        lines.append(inside.in_words(record["analysis"]))
     lines += [
         f"folder {run.folder}",
         f"look:   python -m eit_lab.report {run.folder}",
