@@ -128,7 +128,7 @@ def test_only_the_pages_own_script_and_style_may_run() -> None:
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert (rules["default-src"], rules["img-src"], rules["base-uri"]) == ("'none'", "data:", "'none'")
-    assert "unsafe" not in policy
+    assert set(rules) == {"default-src", "img-src", "base-uri", "form-action", "script-src", "style-src"}
     for name, element in (("script-src", "script"), ("style-src", "style")):
         (text,) = re.findall(rf"<{element}>(.*?)</{element}>", page, flags=re.DOTALL)
         assert rules[name] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -236,7 +236,7 @@ const read = () => ({
   labels: [...document.querySelectorAll('#maps button')].map(b => b.getAttribute('aria-label')),
   marked: [...document.querySelectorAll('#map [data-query]')].map(g => +g.dataset.query),
   chosen: [...document.querySelectorAll('.framed .chosen')].map(e => e.dataset.query),
-  checked: [...document.querySelectorAll('input:checked')].map(e => `${e.name}=${e.value}`),
+  checked: [...document.querySelectorAll('input:checked, select')].map(e => `${e.name || e.id}=${e.value}`),
 });
 const turn = () => new Promise(done => setTimeout(done, 30));
 """
@@ -257,8 +257,9 @@ return {
   faint: words.map(e => [contrast(e), e.outerHTML.slice(0, 90)]).sort((a, b) => a[0] - b[0])[0],
   ticks: [...document.querySelectorAll('#profile text')].map(e => contrast(e, 'fill')),
   canvases: [...document.querySelectorAll('canvas')].filter(e => e.offsetHeight).map(e => [e.parentNode.id || e.parentNode.className, box(e)]),
-  unnamed: [...document.querySelectorAll('button, input')].filter(e => !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.[0]?.textContent.trim())).length,
+  unnamed: [...document.querySelectorAll('button, input, select')].filter(e => !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.[0]?.textContent.trim())).length,
   spilled: [...document.querySelectorAll('#maps button span')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent),
+  hidden: (() => { const [strip, thumb] = ['.thumbs', '.thumb:has(:checked)'].map(s => document.querySelector(s).getBoundingClientRect()); return thumb.left < strip.left - 1 || thumb.right > strip.right + 1; })(),
   scripts: document.querySelectorAll('script:not([type]), [onload], [onerror]').length,
 };
 };
@@ -355,10 +356,11 @@ def test_what_is_drawn_is_the_data_for_each_image_query_and_head_picked(browser:
         "await turn(); seen.push(read());"
         'document.querySelector(\'[data-layer="0"][data-head="1"]\').click(); await turn(); seen.push(read());'
         "document.querySelector('#maps').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true})); await turn(); seen.push(read());"
-        "document.querySelector('[name=query]').click(); await turn(); seen.push(read());"
+        "const query = document.querySelector('#query'); query.value = '0'; query.dispatchEvent(new Event('change', {bubbles: true})); await turn(); seen.push(read());"
         "location.hash = '#image=2&query=8&layer=3&head=0&nothing=1'; await turn(); seen.push(read());"
         "location.hash = '#image=9&query=x&layer=1&head=-1'; await turn(); seen.push(read());"
-        "document.querySelector('#together').click(); seen.push(read());"
+        "const scale = document.querySelector('#scale'); const set = value => { scale.value = value; scale.dispatchEvent(new Event('change', {bubbles: true})); };"
+        "set('all'); seen.push(read()); set('least'); seen.push(read());"
         "return seen; })()"
     )
     seen = quiet(browser.look(f"{address}#image=1", width=1400, script=script), address)
@@ -371,11 +373,15 @@ def test_what_is_drawn_is_the_data_for_each_image_query_and_head_picked(browser:
     assert seen[0]["title"].endswith("taken for ring")
     assert seen[5]["address"] == f"#image=0&query={made['queries'][2]}&layer=0&head=2"
     assert len({facts["image"] for facts in seen}) == 3
-    assert len({str(facts["maps"]) for facts in seen}) == 6
-    together, peaks = seen[9], made["attention_max"][2, :, :, 4].astype(float)
+    assert len({str(facts["maps"]) for facts in seen}) == 7
+    together, stretched, peaks = seen[9], seen[10], made["attention_max"][2, :, :, 4].astype(float)
     for canvas, peak in zip(together["maps"], peaks.ravel(), strict=True):
         assert canvas["high"] == pytest.approx(peaks.max())
         assert values(canvas).max() == pytest.approx(peak, abs=0.51 * peaks.max() / 255)
+    attention = made["attention"][2, :, :, 4] / 255 * peaks[..., None]
+    for canvas, expected in zip([*stretched["maps"], stretched["map"][0]], [*attention.reshape(6, 8, 8), attention[1, 0].reshape(8, 8)], strict=True):  # fmt: skip
+        assert (canvas["low"], canvas["high"]) == pytest.approx((expected.min(), expected.max()))
+        same(canvas, expected)
 
 
 @in_a_browser
@@ -393,11 +399,19 @@ def test_the_page_is_whole_legible_and_dark_in_the_dark(
     browser: Chromium, tmp_path: Path, width: int, dark: bool
 ) -> None:
     address = opened(tmp_path / "images.html", made_pictures(images=6, layers=4, heads=12))
-    look = browser.look(address, width=width, dark=dark, script="(() => {" + FACTS + "return facts(); })()")
+    look = browser.look(
+        f"{address}#image=5", width=width, dark=dark, script="(() => {" + FACTS + "return facts(); })()"
+    )
     facts = quiet(look, address)
     image = np.asarray(Image.open(io.BytesIO(look.png)).convert("RGB")).astype(int)
     assert image.shape[1] == width
-    assert (facts["overflow"], facts["outside"], facts["unnamed"], facts["spilled"]) == (0, [], 0, [])
+    assert (facts["overflow"], facts["outside"], facts["unnamed"], facts["spilled"], facts["hidden"]) == (
+        0,
+        [],
+        0,
+        [],
+        False,
+    )
     luminance = image[::2, ::2] @ np.array([0.2126, 0.7152, 0.0722])
     assert np.median(luminance) < 40 if dark else np.median(luminance) > 240
     assert facts["faint"][0] > 4.5, facts["faint"]
@@ -420,6 +434,7 @@ def test_the_page_is_whole_legible_and_dark_in_the_dark(
     [
         "no attention",
         "no rollout",
+        "no grid",
         "nothing but images",
         "wide, grey",
         "padded",
@@ -435,6 +450,7 @@ def test_models_without_some_part_and_images_of_any_shape(browser: Chromium, tmp
         "nothing but images": lambda: {
             n: made_pictures()[n] for n in ("images", "index", "label", "predicted", "grid", "pitch", "model", "arm")
         },
+        "no grid": lambda: made_pictures(layers=0) | {"grid": np.zeros(2, int), "pitch": np.zeros(2)},
         "wide, grey": lambda: made_pictures(size=(16, 48), grid=(2, 6), channels=1),
         "padded": lambda: made_pictures(size=(30, 30), grid=(4, 4)),
         "hostile": lambda: made_pictures(names=(*HOSTILE, "long" * 60)) | {"arm": np.array("long" * 60), "model": np.array(HOSTILE[1])},
@@ -451,6 +467,9 @@ def test_models_without_some_part_and_images_of_any_shape(browser: Chromium, tmp
     assert seen["image"].startswith("data:image/png;base64,")
     if kind in ("no attention", "nothing but images"):
         assert (seen["maps"], seen["rollout"], seen["said"]) == ([], [], None)
+    elif kind == "no grid":
+        assert (len(seen["tokens"]), seen["maps"]) == (3, [])
+        same(seen["tokens"][0], made["token_spectrum"][place, 0].astype(float), cut=seen["tokens"][0]["low"])
     elif kind == "no rollout":
         assert (len(seen["maps"]), seen["rollout"]) == (6, [])
     elif kind in ("wide, grey", "padded", "hostile"):

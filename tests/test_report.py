@@ -23,7 +23,7 @@ from eit_lab.report.__main__ import main
 from eit_lab.report.arms import Ablation, collect
 from eit_lab.report.build import Report, build, csv_files
 from eit_lab.report.comparison import compare
-from eit_lab.report.content import analysis_table, cost_table, images_tables
+from eit_lab.report.content import cost_table, images_tables
 from eit_lab.report.curves import arm_curve
 from eit_lab.report.figures import factor_figure, numeric_factor
 from eit_lab.report.metric import metric_of
@@ -314,16 +314,6 @@ def test_cost_is_of_all_runs_and_of_those_that_do_not_count_too() -> None:
     assert rows["runs that do not count"][1:3] == ("1", "0.100")
     assert rows["total"][1:3] == ("4", "1.600")
     assert rows["vit_x"][5] == "75.00 G"  # 3 x 2.5e6 MACs x 10,000 images
-
-
-def test_numbers_of_an_analysis_are_shown_when_there_are_some() -> None:
-    records = two_arms([0.9, 0.9], [0.9, 0.9])
-    assert analysis_table(ablation(records).arms) is None
-    for record in records:
-        record["analysis"] = {"hfd": {"first": 0.25 + 0.1 * record["seed"]}, "layers": [1, 2], "text": "x"}
-    table = analysis_table(ablation(records).arms)
-    assert table is not None
-    assert table.rows == [("hfd.first", "0.3 ± 0.071", "0.3 ± 0.071")]
 
 
 # ------------------------------------------------------------------------------------------------------------------- files

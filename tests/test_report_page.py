@@ -16,6 +16,7 @@ from chromium import Chromium, Look
 from eit_lab.report.__main__ import main
 from eit_lab.report.figure import COLOURS
 from eit_lab.report.page import DARK_COLOURS
+from made_inside import made_inside
 from made_runs import made_record, write_runs, write_sweep
 
 pytestmark = pytest.mark.skipif(chromium.WHERE is None, reason=chromium.MISSING)
@@ -70,7 +71,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
                 accuracy = top - 0.01 * (arm == "vit") + 0.002 * rng.standard_normal()
                 record = made_record(
                     f"{arm}_{size}", seed, accuracy, rule=rule, data="imagenet", params=int(more * params), macs=int(600 * more * params),
-                    img_per_s=1e10 / more / params, analysis={"hfd": {"first": 0.3, "last": 0.1}},
+                    img_per_s=1e10 / more / params, analysis=made_inside(arm, seed, layers=4, heads=4, grid=(6, 6), pitch=12.0, without=("filters",)),
                 )  # fmt: skip
                 record["config"]["model"]["size"] = {"name": size, "embed_dim": width}
                 records.append(record)
@@ -123,7 +124,7 @@ def test_the_page_is_whole_legible_and_really_dark_in_the_dark(
         0.01 < np.mean(abs(luminance - np.median(luminance)) > 60) < 0.5
     )  # it has words, and they are not all there is
     assert min(facts["words"], facts["faint"]) > 4.5
-    assert len(facts["figures"]) == 8
+    assert len(facts["figures"]) == 14
     assert facts["columns"] > 1 if width == WIDE else facts["columns"] == 1
     for figure in facts["figures"]:
         left, top, right, bottom = (round(edge) for edge in figure["box"])

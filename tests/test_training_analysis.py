@@ -350,15 +350,16 @@ def test_rows_of_metrics_are_put_into_words_once_and_are_right_after_a_step_is_d
 @pytest.mark.parametrize("images", [150, 3])  # three batches, of two processes; one batch, of one of them
 def test_two_processes_have_the_figures_of_one(images: int, command: Command, tmp_path: Path) -> None:
     words = ["data.num_samples=512", "data.val_size=160", "recipe.epochs=1", f"analysis.num_images={images}"]
-    words += ["trainer.accumulate_grad_batches=1", "recipe.batch_size=32"]
+    words += ["recipe.batch_size=32", "recipe.lr=1.0e-30", "recipe.min_lr=0.0"]  # so that the weights are the same
     for root, devices in (("one", 1), ("two", 2)):
         done = command("train", *TINY, *words, f"run.root={root}", f"trainer.devices={devices}")
         assert done.status == 0, done.err
     one, two = (record_of(only_run(tmp_path / root))["analysis"] for root in ("one", "two"))
     assert one["data"]["images"] == two["data"]["images"] == images
-    # The weights differ in rounding: sums of gradients are added up in another order.
-    assert two["means"] == pytest.approx(one["means"], rel=1e-4)
-    assert two["frequency"]["hf_dc_ratio"] == pytest.approx(one["frequency"]["hf_dc_ratio"], rel=1e-4)
+    assert two["means"] == pytest.approx(one["means"], rel=1e-12)
+    for name in ("hf_dc_ratio", "feature_variance"):
+        assert two["frequency"][name] == pytest.approx(one["frequency"][name], rel=1e-12)
+    assert two["data"]["acc1"] == one["data"]["acc1"]
     assert len(history_of(only_run(tmp_path / "two"))) == 1
 
 
@@ -371,10 +372,12 @@ def test_killed_runs_have_the_same_history(here: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_the_default_costs_less_than_two_percent_of_training(here: Path) -> None:
+def test_the_default_costs_less_than_two_percent_of_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eit_lab.train import main
 
-    assert main(["data=digits", "model=eit_nano", "recipe.epochs=30", "logger=none", "trainer.accelerator=cpu"]) == 0
+    monkeypatch.setattr(time, "perf_counter", time.process_time)  # whatever else this machine does
+    assert main(["data=digits", "model=eit_nano", "recipe.epochs=20", "logger=none", "trainer.accelerator=cpu"]) == 0
     analysis = record_of(only_run(here / "runs"))["analysis"]
-    assert len(history_of(only_run(here / "runs"))) == 3
+    assert len(history_of(only_run(here / "runs"))) == 2
+    print(f"{analysis['seconds']:.3f} s, {100 * analysis['share_of_training']:.2f}% of training")
     assert analysis["share_of_training"] < 0.02, analysis["seconds"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ Look inside networks: what every layer does with frequencies, and every head wit
   batch_size      images of one forward pass, a multiple of 32; changes no figure                              [32]
   seed            of the weights, where they are drawn anew                                                    [0]
   out             folder of the result                    [analysis/ in the run, or in the sweep; ./analysis for a file]
+  figures         page, figures and page of images of each model; false: the numbers only, and the same
+                  command with true draws them later                                                           [true]
   overwrite       analyse anew what has been analysed with the same words                                      [false]
   data.*, trainer.*   where the data lies, what to run on, as in train
 
@@ -50,7 +53,7 @@ arms.json with the similarity between arms. python -m eit_lab.report takes the n
 _OPTIONS: dict[str, Sequence[str] | None] = {
     "part": ("test", "val"), "images": None, "untrained_images": None, "filter_images": None, "field_images": None,
     "pictures": None, "similarity": ("true", "false"), "batch_size": None, "seed": None, "data": None, "out": None,
-    "overwrite": ("true", "false"),
+    "figures": ("true", "false"), "overwrite": ("true", "false"),
 }  # fmt: skip
 _DEFAULTS = {"untrained_images": 1024, "filter_images": 1024, "field_images": 128, "pictures": 16, "batch_size": 32}
 _GROUP = 32  # eit_lab.analysis.profile.GROUP, which would import torch
@@ -138,7 +141,10 @@ def _targets(folders: Sequence[Path], words: Words) -> tuple[list[_Target], list
     from eit_lab.config import ConfigError
     from eit_lab.report.records import read_sources
 
-    entries = [entry for source in read_sources(folders) for entry in source.entries]
+    try:
+        entries = [entry for source in read_sources(folders) for entry in source.entries]
+    except ConfigError as error:
+        raise ConfigError(f"analyze: {str(error).removeprefix('report: ')}") from None
     targets, left_out = [], []
     for entry in entries:
         if entry.folder is None:
@@ -148,11 +154,18 @@ def _targets(folders: Sequence[Path], words: Words) -> tuple[list[_Target], list
         if len(entries) > 1 and entry.status != "finished":
             left_out.append(f"left out: {entry.label}, {entry.status}")
             continue
-        out = Path(words.options["out"]) if "out" in words.options and len(entries) == 1 else entry.folder / "analysis"
-        targets.append(_Target(entry.folder, entry.arm, entry.seed, out))
+        run = _from_here(entry.folder)
+        out = Path(words.options["out"]) if "out" in words.options and len(entries) == 1 else run / "analysis"
+        targets.append(_Target(run, entry.arm, entry.seed, out))
     if not targets:
         raise ConfigError(f"no run in {', '.join(map(str, folders))} has finished; {left_out[0]}")
     return targets, left_out
+
+
+def _from_here(folder: Path) -> Path:
+    """As a user would type it."""
+    whole, here = folder.resolve(), Path.cwd().resolve()
+    return whole.relative_to(here) if whole.is_relative_to(here) else whole
 
 
 def _file(words: Words) -> _Target:
@@ -204,15 +217,20 @@ def _analyse(target: _Target, words: Words, request: dict[str, Any]) -> tuple[in
     trained = _trained(target, words)
     settings = _settings(trained, request, words)
     if words.options.get("overwrite") != "true" and (done := _done(target, settings)) is not None:
+        if is_main_process():
+            _draw_what_is_missing(target, words)
         return 0, f"{target.out}: has been analysed ({done['data']['images']:,} images); overwrite=true does it again"
     if not started_by_launcher() and (count := count_ranks(trained.config)) > 1:
         return run_ranks("eit_lab.analyze", "", count=count, command=_command(target, words)), ""
+    if is_main_process():
+        _must_be_writable(target.out)
     analysis = _run(trained, request)
     if not is_main_process():
         return 0, ""
     numbers = analysis.numbers | _origin(target, trained) | {"settings": settings}
-    written = _save(target, numbers, analysis)
-    return 0, f"{_summary(numbers)}\nanalysis {written[0]} (and {', '.join(path.name for path in written[1:])})"
+    written = _save(target, numbers, analysis, figures=words.options.get("figures") != "false")
+    more = f" (and {', '.join(path.name for path in written[1:])})" if len(written) > 1 else ""
+    return 0, f"{_summary(numbers)}\nanalysis {written[0]}{more}"
 
 
 def _command(target: _Target, words: Words) -> list[str]:
@@ -224,9 +242,11 @@ def _command(target: _Target, words: Words) -> list[str]:
 
 def _settings(trained: Trained, request: dict[str, Any], words: Words) -> dict[str, Any]:
     """What the figures depend on: the words, and the files of weights as they are now."""
+    from eit_lab.runs import PLACEMENT
+
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in trained.files if path.exists()]
     kept = {key: value for key, value in request.items() if key != "batch_size"}
-    changed = [word for word in words.overrides if word.startswith("data.")]
+    changed = [word for word in words.overrides if not word.startswith(PLACEMENT)]
     return {**kept, "weights": trained.weights, "files": files, "overrides": changed, "seed": trained.config.seed}
 
 
@@ -274,13 +294,39 @@ def _origin(target: _Target, trained: Trained) -> dict[str, Any]:
     }
 
 
-def _save(target: _Target, numbers: dict[str, Any], analysis: Analysis) -> list[Path]:
+def _draw_what_is_missing(target: _Target, words: Words) -> None:
+    """Figures that an earlier command left out, or did not come to."""
+    from eit_lab.report.inside.saving import PAGE, draw_model
+
+    if words.options.get("figures") != "false" and not (target.out / PAGE).is_file():
+        draw_model(target.out)
+
+
+def _must_be_writable(out: Path) -> None:
+    """Find out before the work rather than after it."""
+    from eit_lab.config import ConfigError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(f"out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from None
+
+
+def _save(target: _Target, numbers: dict[str, Any], analysis: Analysis, *, figures: bool) -> list[Path]:
     from eit_lab.config import ConfigError
     from eit_lab.report.inside.saving import save_model
 
-    labels = {"model": numbers["model"], "arm": target.arm}
+    labels = {
+        "model": numbers["model"],
+        "arm": target.arm,
+        "data": f"{numbers['data']['name']}, {numbers['data']['part']}",
+    }
     try:
-        return save_model(target.out, numbers, pictures=analysis.pictures, grams=analysis.grams, labels=labels)
+        return save_model(
+            target.out, numbers, pictures=analysis.pictures, grams=analysis.grams, labels=labels, figures=figures
+        )
     except OSError as error:
         raise ConfigError(
             f"out must be a folder that can be written, got {str(target.out)!r}: {error.strerror}"

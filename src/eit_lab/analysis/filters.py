@@ -54,7 +54,7 @@ class FilterSettings:
     cutoffs: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 0.95, 1.05, 1.2)
     centres: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
     band_width: float = 0.2
-    noise_std: float = 0.5
+    noise_std: float = 1.0
     layers: tuple[str, ...] = ()
 
 

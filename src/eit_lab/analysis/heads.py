@@ -33,6 +33,8 @@ GPU_CHUNK = 2**26
 """The same where starting a kernel costs more than memory: 256 MB."""
 
 _TINY = torch.finfo(torch.float32).tiny
+_ROUNDING = 1e-6
+"""Nats of mutual information up to which it is rounding: both entropies are sums in float32."""
 
 
 def token_distances(grid: Grid, pitch: Pitch) -> Tensor:
@@ -40,7 +42,7 @@ def token_distances(grid: Grid, pitch: Pitch) -> Tensor:
     at = torch.cartesian_prod(
         *(p * torch.arange(n, dtype=torch.float64, device="cpu") for n, p in zip(grid, pitch, strict=True))
     )
-    return (at[:, None] - at).square().sum(dim=-1).sqrt()
+    return torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")  # exact
 
 
 def uniform_distance(grid: Grid, pitch: Pitch) -> float:
@@ -90,9 +92,11 @@ class _TokenMaps:
         """(b, h) in [0, 1]."""
         n = self.mass.shape[-1]
         weights = torch.nn.functional.pad(1 / (n * self.mass.clamp_min(_TINY)), (1, 0))  # of a row in p(k)
-        keys = -_times_log((weights[..., None, :] @ self.maps)[..., 0, 1:]).sum(dim=-1)
-        information = (keys - self.entropies.mean(dim=-1)).clamp_min(0)
-        return torch.where(information > 0, information / (keys * log(max(2, n))).clamp_min(_TINY).sqrt(), 0)
+        with full_precision(self.maps):
+            key_shares = (weights[..., None, :] @ self.maps)[..., 0, 1:]  # p(k)
+        keys = -_times_log(key_shares).sum(dim=-1)
+        information = keys - self.entropies.mean(dim=-1)
+        return torch.where(information > _ROUNDING, information / (keys * log(max(2, n))).clamp_min(_TINY).sqrt(), 0)
 
     @cached_property
     def divided(self) -> Tensor:
@@ -103,7 +107,8 @@ class _TokenMaps:
         """(b,), mean over pairs of the h heads."""
         p = self.divided.flatten(2)
         H = p.shape[1]
-        products = p @ p.transpose(1, 2)
+        with full_precision(p):
+            products = p @ p.transpose(1, 2)
         norms = products.diagonal(dim1=1, dim2=2).clamp_min(_TINY).sqrt()
         cosine = products / (norms[:, :, None] * norms[:, None])
         return (1 - cosine).clamp_min(0).triu(1).sum(dim=(1, 2)) / max(1, H * (H - 1) // 2)
@@ -125,7 +130,7 @@ class _TokenMaps:
 
 
 def _times_log(p: Tensor) -> Tensor:
-    """P log p, 0 at 0; several times as fast on CPU as torch's own entr."""
+    """Each element p as p log p, 0 at 0; several times as fast on CPU as torch's own entr."""
     return (p + _TINY).log_().mul_(p)
 
 
@@ -160,8 +165,7 @@ def attention_nmi(maps: Tensor) -> Tensor:
 
 def head_cosine(maps: Tensor) -> Tensor:
     """Mean over pairs of heads of 1 - cosine of their flattened token maps: (B, H, N, N) -> (B,) in [0, 1]; one head: 0."""
-    with full_precision(maps):
-        return _TokenMaps(maps).cosine()
+    return _TokenMaps(maps).cosine()
 
 
 def head_js(maps: Tensor) -> Tensor:
@@ -182,9 +186,12 @@ class Diversity(NamedTuple):
 
 
 def head_diversity(distance: Tensor, uniform: float) -> Diversity:
-    """Head Diversity of one layer from the mean distances (H,) of its heads over a data set and ``uniform_distance``, both in px."""
-    std = distance.std(correction=0)
-    return Diversity(std / uniform, (distance.max() - distance.min()) / uniform, std / distance.mean())
+    """Head Diversity of one layer from the mean distances (H,) of its heads over a data set and ``uniform_distance``, both in px.
+
+    All 0 where the distances are.
+    """
+    std, uniform = distance.std(correction=0), max(uniform, _TINY)
+    return Diversity(std / uniform, (distance.max() - distance.min()) / uniform, std / distance.mean().clamp_min(_TINY))
 
 
 QUANTITIES = ("attention_distance", "attention_entropy", "attention_nmi", "cls_mass", "head_cosine", "head_js")
@@ -221,9 +228,7 @@ class HeadStatistics(Metric):
             if set(self.quantities) & set(_OF_PAIRS):
                 chunk = max(chunk, H * N**2)  # all heads of an image at once
             for images, heads in maps.parts(chunk=chunk):
-                with torch.autocast(device.type, enabled=False):
-                    part = maps.maps(images, heads)
-                self._add(_TokenMaps(part), heads)
+                self._add(_TokenMaps(maps.maps(images, heads)), heads)
         self.images = self.images + B
 
     def _add(self, tokens: _TokenMaps, heads: slice) -> None:

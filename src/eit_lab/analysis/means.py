@@ -24,12 +24,16 @@ class ImageMean(Metric):
 
     def add(self, values: Tensor) -> None:
         """Add the values (B, *shape) of B images."""
-        self.total += values.double().sum(dim=0)
-        self.images += len(values)
+        self.total = self.total + values.double().sum(dim=0)
+        self.images = self.images + len(values)
 
     def mean(self) -> Tensor:
         """(*shape), float64; not a number before the first image."""
         return self.total / self.images
+
+    def compute(self) -> Tensor:
+        """(*shape), float64."""
+        return self.mean()
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

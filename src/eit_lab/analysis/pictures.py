@@ -33,7 +33,7 @@ def take_pictures(
     """Arrays of K images. Attention has L = 0 layers where the model hands out none.
 
     images (K, H, W, C) uint8, index, label, predicted (K,), class_names; input_spectrum (K, H, W) and token_spectrum
-    (K, P, h, w) float16: mean over channels of log(1e-6 + |FFT2|), DC in the middle, P points with a grid of their own left out;
+    (K, P, h, w) float16: mean over channels of log(1e-6 + |FFT2|), DC in the middle, points with a grid of their own left out;
     rollout (K, h, w) float16: the CLS row; queries (Q,): 0 is CLS, else 1 + place on the grid; attention (K, L, H, Q, h w) uint8: 255 A /
     attention_max (K, L, H, Q) float16; cls_mass (K, L, H, Q) float16; layers, head_width (L,); points (P,), grid (2,), pitch (2,) px.
     """
@@ -86,7 +86,7 @@ class _Camera(Tap):
 
     def _see(self, name: str, x: Tensor) -> None:
         self._num_images = len(x)
-        if self.layout.grid in (None, tuple(x.shape[-2:])):
+        if self.layout.grid == tuple(x.shape[-2:]):
             self.points.append(name)
             self._spectra.append(_spectrum(x))
 

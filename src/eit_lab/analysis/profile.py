@@ -43,6 +43,8 @@ GRAM_IMAGES = 1024
 """Images of which Gram matrices are kept, to compare models by."""
 FREQUENCY = ("hfd_share", "hfd_share_no_dc", "log_amplitude", "hf_dc_ratio", "feature_variance")
 HEADS = ("attention_distance", "attention_entropy", "attention_nmi", "cls_mass", "head_cosine", "head_js")
+PER_HEAD = ("attention_distance", "attention_entropy", "attention_nmi", "cls_mass")
+"""Those of HEADS that each head has for itself; the others are of a layer."""
 _CUTOFF = CUTOFFS.index(1 / 2)  # of the one number that stands for all cutoffs
 
 
@@ -166,8 +168,10 @@ class Profile(nn.Module):
             "points": list(self.points),
             "frequency": frequency,
             "heads": heads,
-            "similarity": None if self.cka is None else {"group": GROUP, "cka": self.cka.compute().tolist()},
-            "rollout": None if self.rollout is None else {"cls": self.rollout.compute().tolist()},
+            "similarity": None
+            if self.cka is None
+            else {"group": GROUP, "cka": _listed(self.cka, (len(self.points), -1))},
+            "rollout": None if self.rollout is None else {"cls": _listed(self.rollout, layout.grid or ())},
             "means": self._means(frequency, heads),
         }
 
@@ -185,8 +189,9 @@ class Profile(nn.Module):
             "grids": [list(grid) for grid in self.grids],
             "frequencies": [diagonal_frequencies(grid).tolist() for grid in self.grids],
         }
-        computed = {
-            name: [metrics[name].compute().tolist() for metrics in self.frequency]  # type: ignore[index]
+        shapes = {"hfd_share": (-1,), "hfd_share_no_dc": (-1,), "log_amplitude": (-1,)}
+        computed: dict[str, Any] = {
+            name: [_listed(metrics[name], shapes.get(name, ())) for metrics in self.frequency]  # type: ignore[index]
             for name in self.wanted_frequency
         }
         for name in ("hfd_share", "hfd_share_no_dc"):
@@ -199,7 +204,10 @@ class Profile(nn.Module):
         assert self.layout.grid is not None
         assert self.layout.pitch is not None
         by_layer = [
-            {name: value.tolist() for name, value in self.heads[str(layer)].compute().items()}  # type: ignore[operator]
+            {
+                name: value.reshape(-1 if name in PER_HEAD else ()).tolist()
+                for name, value in self.heads[str(layer)].compute().items()  # type: ignore[operator]
+            }
             if str(layer) in self.heads
             else None
             for layer in range(self.layout.depth)
@@ -221,12 +229,18 @@ class Profile(nn.Module):
             if name == "hfd_share" and values is not None:
                 values = values[_CUTOFF]
             elif name == "log_amplitude" and values is not None:
-                values = [curve[-1] for curve in values]
-            found[name] = None if values is None else float(np.mean([values[place] for place in outputs]))
+                values = [curve[-1] if len(curve) > 1 else None for curve in values]  # a grid of 2x2 has DC only
+            kept = [values[place] for place in outputs if values[place] is not None] if values is not None else []
+            found[name] = float(np.mean(kept)) if kept else None
         for name in ("attention_distance", "head_diversity", "attention_entropy", "attention_nmi", "cls_mass"):
             layers = [layer for layer in (heads or {}).get(name, ()) if layer is not None]
             found[name] = float(np.mean([np.mean(layer) for layer in layers])) if layers else None
         return found
+
+
+def _listed(metric: Metric, shape: tuple[int, ...]) -> Any:
+    """What a metric computes as plain numbers. NOTE: torchmetrics makes a scalar of any tensor with one element."""
+    return metric.compute().reshape(shape).tolist()
 
 
 def _frequency_metrics(names: Collection[str], grid: tuple[int, int]) -> dict[str, Metric]:

@@ -22,8 +22,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-from eit_lab.analysis.means import ImageMean
 from eit_lab.models.backbone import Backbone
 from eit_lab.models.image_model import ImageModel
 from eit_lab.models.intermediates import Tap
@@ -85,19 +85,26 @@ def contribution(model: ImageModel, images: Tensor, *, chunk: int = 4) -> Tensor
     return torch.cat(maps)
 
 
-class EffectiveReceptiveField(ImageMean):
+class EffectiveReceptiveField(Metric):
     """The contributions of pixels summed over images, and the squares around the centre token that hold a share of them."""
+
+    full_state_update = False
+    total: Tensor
+    images: Tensor
 
     def __init__(
         self, img_hw: tuple[int, int], *, centre: tuple[float, float], shares: Sequence[float] = SHARES
     ) -> None:
         """``img_hw`` (H, W) in px; ``centre`` row and column in px (``centre_px``)."""
-        super().__init__(img_hw)
+        super().__init__()
         self.centre, self.shares = centre, tuple(shares)
+        self.add_state("total", torch.zeros(img_hw, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, contributions: Tensor) -> None:
         """Add the contributions (B, H, W) of B images."""
-        self.add(contributions)
+        self.total = self.total + contributions.double().sum(dim=0)
+        self.images = self.images + len(contributions)
 
     def compute(self) -> dict[str, Tensor]:
         """``map`` (H, W), summing to 1, and ``side_px`` (K,), float64: not numbers where no pixel contributes; ``images`` ()."""

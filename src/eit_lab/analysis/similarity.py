@@ -98,9 +98,9 @@ class MinibatchCKA(Metric):
         )
         x = centred(grams_x).flatten(1)
         y = x if grams_y is None else centred(grams_y).flatten(1)
-        self.cross += x @ y.T
-        self.xx += x.square().sum(dim=1)
-        self.yy += y.square().sum(dim=1)
+        self.cross = self.cross + x @ y.T
+        self.xx = self.xx + x.square().sum(dim=1)
+        self.yy = self.yy + y.square().sum(dim=1)
 
     def compute(self) -> Tensor:
         """(P, Q), float64; not a number for a representation that is the same for all images."""

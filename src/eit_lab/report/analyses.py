@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -62,9 +63,9 @@ QUANTITIES = {
         Quantity("hf_dc_ratio", "HF/DC ratio", "HF / DC norm", 3),
         Quantity("feature_variance", "feature variance", "feature variance", None),
         Quantity("attention_distance", "attention distance", "attention distance (px)", 2, of_heads=True),
-        Quantity("head_diversity", "Head Diversity", "Head Diversity", 3, of_heads=True),
+        Quantity("head_diversity", "Head Diversity", "Head Diversity", None, of_heads=True),
         Quantity("attention_entropy", "attention entropy", "entropy", 3, of_heads=True),
-        Quantity("attention_nmi", "mutual information of query and key", "NMI", 3, of_heads=True),
+        Quantity("attention_nmi", "mutual information of query and key", "NMI", None, of_heads=True),
         Quantity("cls_mass", "attention on CLS", "mass on CLS", 3, of_heads=True),
     )
 }
@@ -104,10 +105,12 @@ class ArmAnalyses:
         values = list(self.values(key).values())
         return estimate(values) if values else None
 
-    def untrained(self, key: str) -> float | None:
-        """The same of the models before training, mean over seeds; None where that was not measured."""
-        found = [value for one in self.by_seed.values() if (value := untrained_means(one).get(key)) is not None]
-        return fmean(found) if found else None
+    @cached_property
+    def untrained(self) -> dict[str, float]:
+        """The same of the models before training, mean over seeds, of what was measured of them."""
+        of_seeds = [untrained_means(one) for one in self.by_seed.values()]
+        keys = dict.fromkeys(key for means in of_seeds for key in means)
+        return {key: fmean(means[key] for means in of_seeds if key in means) for key in keys}
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +208,7 @@ def _when(analysis: Mapping[str, Any]) -> str:
 
 def _facts(inside: Inside, analysis: Mapping[str, Any]) -> dict[str, str]:
     settings = analysis.get("settings")
-    more = {f"setting {key}": repr(value) for key, value in settings.items()} if isinstance(settings, Mapping) else {}
+    said = settings.get("overrides") if isinstance(settings, Mapping) else None
     return {
         "analysed": _when(analysis),
         "data": inside.data,
@@ -213,7 +216,7 @@ def _facts(inside: Inside, analysis: Mapping[str, Any]) -> dict[str, str]:
         "images": str(inside.images),
         "image size": "unknown" if inside.img_size is None else "x".join(map(str, inside.img_size)),
         "weights": inside.weights,
-        **more,
+        "settings": " ".join(map(str, said or ())) or "none",
     }
 
 

@@ -15,6 +15,9 @@ from eit_lab.report.analyses import ARGUED, QUANTITIES, Analyses, choose
 from eit_lab.report.arms import Ablation, Arm, collect
 from eit_lab.report.comparison import Comparison, compare
 from eit_lab.report.figure import PANEL, save_figure, style
+from eit_lab.report.inside.arms import SHOWN as PANEL_ARMS
+from eit_lab.report.inside.arms import arms_panels
+from eit_lab.report.inside.numbers import ArmInside
 from eit_lab.report.interpretation import Interpretation, interpret, interval_text, rho_text
 from eit_lab.report.metric import Metric, metric_of
 from eit_lab.report.records import Source
@@ -124,7 +127,7 @@ def _sections(report: Report) -> Iterator[Section]:
     if report.analyses is not None:
         yield _inside(report.analyses, report)
     if arms:
-        drawn = _few(report)
+        drawn = _few(report, arms, to=curves.SHOWN)
         for section in (_curves(drawn, report), _pareto(report), _factor(arms, metric)):
             if section is not None:
                 yield section
@@ -182,15 +185,16 @@ def _differences(report: Report) -> Section:
     )
 
 
-def _few(report: Report) -> list[tuple[int, Arm]]:
-    """The arms that a figure of curves can hold, with their places: all, or the baselines and those with the best means."""
-    arms, metric = report.ablation.arms, report.metric
-    if len(arms) <= curves.SHOWN:
-        return list(enumerate(arms))
+def _few(report: Report, arms: Sequence[Arm], *, to: int) -> list[tuple[int, Arm]]:
+    """The arms that a figure of lines can hold, with their places: all, or the baselines and those with the best means."""
+    metric = report.metric
+    if len(arms) <= to:
+        return [(place, arm) for place, arm in enumerate(report.ablation.arms) if any(arm is one for one in arms)]
     baselines = list({id(one.against): one.against for one in report.comparisons}.values())[:_SMALL]
     sign = -1 if metric.higher_is_better is not False else 1
     best = sorted(arms, key=lambda arm: sign * arm.estimate(metric).mean)
-    chosen = {id(arm) for arm in [*baselines, *best][: curves.SHOWN]}
+    ranked = {id(arm): arm for arm in [*baselines, *best] if any(arm is one for one in arms)}
+    chosen = set(list(ranked)[:to])
     return [(place, arm) for place, arm in enumerate(arm for arm in arms if id(arm) in chosen)]
 
 
@@ -248,12 +252,12 @@ def _inside(analyses: Analyses, report: Report) -> Section:
     found, metric = report.interpretation, report.metric
     text = [_measured(analyses)]
     lists = [("What the runs say", found.sentences), ("What else can move these figures", found.confounds)]
-    shown = {place for place, _ in _few(report)}
-    made = [
-        Drawing(f"inside_{key}", figure, _scatter_caption(found, metric, key))
-        for key in ARGUED
-        if (figure := scatter_figure(analyses, metric, key, shown=shown)) is not None
-    ]
+    made = []
+    places = {arm.label: place for place, arm in _few(report, [one.arm for one in analyses.arms], to=curves.SHOWN)}
+    for key in ARGUED:
+        if (figure := scatter_figure(analyses, metric, key, places=places)) is not None:
+            made.append(Drawing(f"inside_scatter_{key}", figure, _scatter_caption(found, metric, key)))
+    made += _panels(analyses, report)
     tables = [*inside_tables.means_tables(analyses), inside_tables.correlations_table(found, metric)]
     tables.append(inside_tables.unused_table(analyses))
     return Section(
@@ -264,6 +268,21 @@ def _inside(analyses: Analyses, report: Report) -> Section:
         made,
         [table for table in tables if table is not None],
     )
+
+
+def _panels(analyses: Analyses, report: Report) -> list[Drawing]:
+    """The figures that hold arms against each other, layer by layer."""
+    drawn = _few(report, [one.arm for one in analyses.arms], to=PANEL_ARMS)
+    insides = [
+        ArmInside(arm.label, list(found.by_seed.values()), place=place)
+        for place, arm in drawn
+        if (found := analyses.of(arm)) is not None
+    ]
+    left = len(analyses.arms) - len(insides)
+    more = f" {len(insides)} of {len(analyses.arms)} arms: the baselines and those with the best means." if left else ""
+    return [
+        Drawing(f"inside_{name}", figure, caption + more) for name, (figure, caption) in arms_panels(insides).items()
+    ]
 
 
 def _measured(analyses: Analyses) -> str:

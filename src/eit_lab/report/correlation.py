@@ -218,10 +218,8 @@ def _counted_ranks(values: Floats, counts: NDArray[np.int64]) -> Floats:
 def _between(x: Floats, y: Floats, groups: Sequence[NDArray[np.intp]]) -> Rho:
     n = len(groups)
     if n < FEWEST_ARMS:
-        return Rho(
-            n=n,
-            reason="one arm: nothing is compared with it" if n == 1 else f"{n} arms: of two means it is always 1 or -1",
-        )
+        few = ("no arm", "one arm: nothing is compared with it", "2 arms: of two means it is always 1 or -1")
+        return Rho(n=n, reason=few[n])
     a, b = (np.array([values[group].mean() for group in groups]) for values in (x, y))
     if reason := _constant(a, b, "arms"):
         return Rho(n=n, reason=reason)

@@ -1,7 +1,7 @@
 """An analysis as records keep it: its numbers with as many digits as matter, and nothing of where it was made.
 
 ``FOLDER/analysis/analysis.json`` has all of it, among them pictures of a few thousand numbers that no report draws. What is kept
-here is what a report needs to be drawn anew: some 15 to 35 kB of a model with twelve layers and sixteen heads. A report from run folders reads
+here is what a report needs to be drawn anew: some 30 kB of a model with twelve layers and sixteen heads. A report from run folders reads
 through the same sieve, so that it is the same as one from a ``records.jsonl``. Only keys that are known travel.
 """
 
@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eit_lab.runs import PLACEMENT
+
 AFTERWARDS, TRAINING = "afterwards", "while training"
 """When an analysis was made: by ``python -m eit_lab.analyze``, of all images and with every part; or by the run itself."""
 
-_DIGITS, _MAP_DIGITS = 6, 3
-_NUMBERS = ("frequency", "heads", "filters", "means", "widths")
+_DIGITS, _FEWER, _CKA_DIGITS = 6, 4, 3
+"""Significant ones: fewer of what is a reference line, or was measured on some hundred images; of means all six."""
+_PARTS = ("frequency", "heads")
 _TEXTS = ("model", "arm", "weights", "identity", "device", "precision", "when")
 _COUNTS = (
     "schema", "seed", "grid", "pitch_px", "layers", "heads_per_layer", "seconds", "share_of_training", "epoch", "step",
@@ -53,15 +56,18 @@ def digest(found: Mapping[str, Any]) -> dict[str, Any]:
         kept["data"] |= {key: data[key] for key in ("images", "img_size", "num_classes") if key in data}
         kept["data"] |= {"acc1": _numbers(data["acc1"], _DIGITS)} if "acc1" in data else {}
     if isinstance(settings := found.get("settings"), Mapping):
-        kept["settings"] = _settings(settings)
-    kept |= {key: _numbers(found[key], _DIGITS) for key in _NUMBERS if key in found}
-    kept |= {key: _numbers(found[key], _MAP_DIGITS) for key in ("similarity", "rollout") if key in found}
-    if isinstance(field := found.get("receptive_field"), Mapping):  # its map is most of the file
+        kept["settings"] = {"overrides": _overrides(settings.get("overrides"))}
+    kept |= {key: _numbers(found[key], _DIGITS) for key in ("means", "widths", "filters") if key in found}
+    digits = _FEWER if found.get("when") == TRAINING else _DIGITS
+    kept |= {key: _numbers(found[key], digits) for key in _PARTS if key in found}
+    if "similarity" in found:
+        kept["similarity"] = _numbers(found["similarity"], _CKA_DIGITS)
+    if isinstance(
+        field := found.get("receptive_field"), Mapping
+    ):  # its map is most of the file; rollout is a map as well
         kept["receptive_field"] = {key: _numbers(value, _DIGITS) for key, value in field.items() if key != "map"}
     if isinstance(untrained := found.get("untrained"), Mapping):
-        kept["untrained"] = {
-            key: _numbers(untrained[key], _DIGITS) for key in ("frequency", "heads") if key in untrained
-        }
+        kept["untrained"] = {key: _numbers(untrained[key], _FEWER) for key in _PARTS if key in untrained}
     return kept
 
 
@@ -78,10 +84,7 @@ def _numbers(value: Any, digits: int) -> Any:
     return value if value in ("nan", "inf", "-inf") else None
 
 
-def _settings(value: Mapping[str, Any]) -> dict[str, Any]:
-    """How it was asked for; no text that could be a place."""
-    return {
-        key: _settings(item) if isinstance(item, Mapping) else item
-        for key, item in value.items()
-        if not (isinstance(item, str) and any(mark in item for mark in "/\\:"))
-    }
+def _overrides(words: Any) -> list[str]:
+    """What was said of the data on the command line, but for where it lies or how it is fetched: the images depend on it."""
+    said = [word for word in words if isinstance(word, str)] if isinstance(words, list | tuple) else []
+    return [word for word in said if word.partition("=")[0].lstrip("+~") not in PLACEMENT]

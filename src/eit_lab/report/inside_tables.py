@@ -40,7 +40,7 @@ def _means_table(analyses: Analyses, chosen: Sequence[Quantity], *, stem: str, t
             NO if value is None else quantity.mean_std(value) for quantity, value in zip(chosen, found, strict=True)
         )
         rows.append((one.arm.label, str(len(one.by_seed)), *facts, *cells))
-        reference = [one.untrained(quantity.key) for quantity in chosen]
+        reference = [one.untrained.get(quantity.key) for quantity in chosen]
         if any(value is not None for value in reference):
             cells = (
                 NO if value is None else quantity.text(value) for quantity, value in zip(chosen, reference, strict=True)
@@ -122,7 +122,6 @@ def unused_table(analyses: Analyses) -> Table | None:
 def inside_rows(analyses: Analyses, metric: Metric) -> Iterator[Row]:
     """A row a run: the metric as recorded, the means over layers, and those of the same model before training."""
     for one in analyses.arms:
-        untrained = {key: one.untrained(key) for key in QUANTITIES}
         for seed, inside in one.by_seed.items():
             value = metric.of(one.arm.runs[seed].record)
             yield {
@@ -131,7 +130,7 @@ def inside_rows(analyses: Analyses, metric: Metric) -> Iterator[Row]:
                 "weights": inside.weights, "layers": inside.layers, "heads": inside.heads_per_layer,
                 "narrowest_head": min((w for w in inside.head_width or () if w > 0), default=None),
                 **{key: inside.means.get(key) for key in QUANTITIES},
-                **{f"untrained_{key}": untrained[key] for key in QUANTITIES},
+                **{f"untrained_{key}": one.untrained.get(key) for key in QUANTITIES},
             }  # fmt: skip
     empty: Row = dict.fromkeys(QUANTITIES)
     for left in analyses.unused:

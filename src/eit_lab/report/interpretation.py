@@ -21,6 +21,7 @@ from eit_lab.report.verdict import p_text
 
 _NORMALISED = ("lightweight", "dynamic")
 _NARROW = 8  # channels
+_UNKNOWN = "not known"
 _NAMED = 6  # arms of a sentence
 
 
@@ -240,10 +241,12 @@ def _mlp(arms: Sequence[ArmAnalyses]) -> str:
     of: dict[str, list[str]] = {}
     for one in arms:
         width, ratio = (number(one.arm.config.get(f"model.size.{key}")) for key in ("embed_dim", "mlp_ratio"))
-        hidden = "not known" if width is None or ratio is None else f"{int(width * ratio)} ({ratio:g} x {width:g})"
+        hidden = _UNKNOWN if width is None or ratio is None else f"{int(width * ratio)} ({ratio:g} x {width:g})"
         of.setdefault(hidden, []).append(one.arm.label)
     if len(of) == 1:
         (hidden,) = of
+        if hidden == _UNKNOWN:
+            return "The hidden width of the MLP (FFN), a factor of its own, is not in the records."
         where = "in all arms" if len(arms) > 1 else "here"
         return f"The hidden width of the MLP (FFN) is {hidden} {where}; it is a factor of its own."
     shown = "; ".join(f"{hidden} in {_listed(labels)}" for hidden, labels in of.items())

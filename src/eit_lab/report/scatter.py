@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from statistics import fmean
 
 from matplotlib.figure import Figure
@@ -16,10 +16,10 @@ _LETTERS = 52
 """Of a legend's line, marks and gaps counted as four."""
 
 
-def scatter_figure(analyses: Analyses, metric: Metric, key: str, *, shown: Collection[int]) -> Figure | None:
-    """Runs of the arms whose places are ``shown`` in their colours, all others in grey; None where no run has the quantity.
+def scatter_figure(analyses: Analyses, metric: Metric, key: str, *, places: Mapping[str, int]) -> Figure | None:
+    """Runs of some arms in their colours, all others in grey; None where no run has the quantity.
 
-    Colours are as many as people can tell apart: ``shown`` has the arms' places among all of the report, whose colours they keep.
+    ``places``: label of an arm -> its place among those that are drawn, as many as people can tell apart.
     """
     rows: list[tuple[ArmAnalyses, list[float], list[float]]] = []
     for one in analyses.arms:
@@ -30,14 +30,15 @@ def scatter_figure(analyses: Analyses, metric: Metric, key: str, *, shown: Colle
     if not rows:
         return None
     figure, axes = panel(height=3.5)
-    grey = [(x, y) for one, x, y in rows if one.place not in shown]
+    grey = [(x, y) for one, x, y in rows if one.arm.label not in places]
     if grey:
         flat = ([v for x, _ in grey for v in x], [v for _, y in grey for v in y])
         axes.scatter(*flat, s=14, color=MUTED, alpha=0.45, linewidths=0, zorder=2, label=f"{len(grey)} other arms")
     for one, x, y in rows:
-        if one.place not in shown:
+        if one.arm.label not in places:
             continue
-        ink, mark = colour(one.place), marker(one.place)
+        place = places[one.arm.label]
+        ink, mark = colour(place), marker(place)
         axes.scatter(x, y, s=22, color=ink, marker=mark, alpha=0.75, linewidths=0.5, edgecolors=PAPER, zorder=3)
         axes.scatter(
             [fmean(x)], [fmean(y)], s=75, color=ink, marker=mark, linewidths=1.1, edgecolors=INK, zorder=4,
@@ -47,7 +48,7 @@ def scatter_figure(analyses: Analyses, metric: Metric, key: str, *, shown: Colle
     axes.set_ylabel(metric.title)
     axes.margins(0.08)
     axes.grid()
-    labels = [shorten(one.arm.label, to=44) for one, _, _ in rows if one.place in shown]
+    labels = [shorten(one.arm.label, to=44) for one, _, _ in rows if one.arm.label in places]
     longest = max(map(len, labels), default=0)
     in_one_row = sum(len(label) + 4 for label in labels) <= _LETTERS
     figure.legend(

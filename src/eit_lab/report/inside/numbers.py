@@ -378,6 +378,8 @@ def _frequency(part: Part | None, points: int) -> Frequency | None:
     cutoffs = part.array("cutoffs", (None,))
     num = 0 if cutoffs is None else len(cutoffs)
     frequencies = part.arrays("frequencies", [None] * points, null=False)
+    if part.get("log_amplitude") is not None and not frequencies:
+        part.wrong("frequencies", "must be there with log_amplitude", part.get("frequencies"))
     lengths = [len(one) for one in frequencies if one is not None]
     amplitude = part.arrays("log_amplitude", lengths, null=False)
     return Frequency(
@@ -394,19 +396,22 @@ def _frequency(part: Part | None, points: int) -> Frequency | None:
 def _heads(part: Part | None, layers: int) -> Heads | None:
     if part is None:
         return None
-    free: list[None] = [None] * layers
     return Heads(
         uniform_distance=part.number("uniform_distance"),
-        attention_distance=part.arrays("attention_distance", free, null=True),
-        attention_entropy=part.arrays("attention_entropy", free, null=True),
-        attention_nmi=part.arrays("attention_nmi", free, null=True),
-        cls_mass=part.arrays("cls_mass", free, null=True),
+        attention_distance=_per_head(part, "attention_distance", layers),
+        attention_entropy=_per_head(part, "attention_entropy", layers),
+        attention_nmi=_per_head(part, "attention_nmi", layers),
+        cls_mass=_per_head(part, "cls_mass", layers),
         head_diversity=part.array("head_diversity", (layers,)),
         head_range=part.array("head_range", (layers,)),
         head_cv=part.array("head_cv", (layers,)),
         head_cosine=part.array("head_cosine", (layers,)),
         head_js=part.array("head_js", (layers,)),
     )
+
+
+def _per_head(part: Part, key: str, layers: int) -> PerHead:
+    return tuple(one if one is not None and one.size else None for one in part.arrays(key, [None] * layers, null=True))
 
 
 def _receptive_field(part: Part | None) -> ReceptiveField | None:

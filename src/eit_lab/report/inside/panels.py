@@ -15,20 +15,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from eit_lab.report.figure import INK, MUTED, colour, marker
 from eit_lab.report.inside.checked import FloatArray
-from eit_lab.report.inside.numbers import Axis, Curves, Filters, Frequency, Inside, PerHead
+from eit_lab.report.inside.maps import draw_cka, draw_receptive_field, draw_rollout
+from eit_lab.report.inside.numbers import Curves, Filters, Frequency, Inside, PerHead
 from eit_lab.report.inside.paper import (
     POINTS,
     REFERENCE,
-    WHITE,
-    colour_bar,
     depth_bar,
     depth_colours,
     dress,
@@ -81,7 +77,7 @@ def draw_hfd_share(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
     assert shares is not None, "asked for where it is"
     if fresh is not None and fresh.hfd_share is not None:
         for share in fresh.hfd_share:
-            _reference_line(axes, inside.axis.depth, share)
+            reference_line(axes, inside.axis.depth, share)
     handles = []
     for place, (cutoff, share) in enumerate(zip(_frequency(inside).cutoffs, shares, strict=True)):
         handles += _depth_line(axes, inside, share, place=place, label=cutoff_name(cutoff))
@@ -104,9 +100,7 @@ def draw_log_amplitude(axes: Axes, inside: Inside, *, alone: bool = True) -> Non
     for place in inside.axis.outputs:
         shade = colours(inside.axis.depth[place] / last)
         dot = "o" if len(frequency.frequencies[place]) == 1 else None
-        axes.plot(
-            frequency.frequencies[place], frequency.log_amplitude[place], color=shade, linewidth=1.1, marker=dot
-        )
+        axes.plot(frequency.frequencies[place], frequency.log_amplitude[place], color=shade, linewidth=1.1, marker=dot)
     end_of_axis = max(float(one[-1]) for one in frequency.frequencies if len(one))
     frequency_ticks(axes, end_of_axis)
     dress(axes, "Relative log amplitude", handles=handles)
@@ -127,7 +121,7 @@ def draw_hf_dc_ratio(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
     assert ratio is not None, "asked for where it is"
     before = None if fresh is None else fresh.hf_dc_ratio
     _single(axes, inside, ratio, before, title="HF / DC norm ratio", alone=alone)
-    _from_zero(axes)
+    from_zero(axes)
 
 
 def draw_feature_variance(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
@@ -164,13 +158,14 @@ def _single(
     axes: Axes, inside: Inside, values: FloatArray, before: FloatArray | None, *, title: str, alone: bool
 ) -> None:
     if before is not None:
-        _reference_line(axes, inside.axis.depth, before)
+        reference_line(axes, inside.axis.depth, before)
     _depth_line(axes, inside, values, place=0, label="")
     _depth_axis(axes, inside)
     dress(axes, title, handles=_against_untrained(before, alone=alone))
 
 
-def _reference_line(axes: Axes, x: FloatArray, y: FloatArray) -> None:
+def reference_line(axes: Axes, x: FloatArray, y: FloatArray) -> None:
+    """Dashed grey; a single point is a dash."""
     axes.plot(x, y, marker="_" if len(x) == 1 else None, markersize=9, **REFERENCE)
 
 
@@ -199,8 +194,10 @@ def _depth_axis(axes: Axes, inside: Inside) -> None:
     axes.set_xlabel("layer" if inside.axis.is_layers else "point, in the model's order")
 
 
-def _from_zero(axes: Axes) -> None:
+def from_zero(axes: Axes) -> None:
+    """A y axis that begins at 0, with some numbers on it however small it is."""
     axes.set_ylim(0, axes.get_ylim()[1])
+    axes.locator_params(axis="y", nbins=5, min_n_ticks=3)
 
 
 # ------------------------------------------------------------------------------------------------------------------- heads
@@ -213,22 +210,22 @@ def draw_attention_distance(axes: Axes, inside: Inside, *, alone: bool = True) -
     fresh = None if inside.untrained is None else inside.untrained.heads
     handles = [*dots(axes, [heads.attention_distance], place=0), sample("mean", color=INK, linewidth=1.1)]
     if fresh is not None and fresh.attention_distance:
-        _reference_line(axes, *layer_means(fresh.attention_distance))
+        reference_line(axes, *layer_means(fresh.attention_distance))
         handles += [reference(f"{UNTRAINED} mean")] if alone else []
     if heads.uniform_distance is not None:
         uniform_line(axes, heads.uniform_distance)
         handles.append(sample(f"uniform, {heads.uniform_distance:.1f} px", color=INK, linestyle=":", linewidth=1.0))
-    _from_zero(axes)
+    from_zero(axes)
     layer_axis(axes, inside.layers)
     lines = widths_above(axes, inside.head_width, inside.layers)
     dress(axes, "Mean attention distance (px)", handles=handles, above=lines)
 
 
-def dots(axes: Axes, seeds: Sequence[PerHead], *, place: int) -> list[Line2D]:
-    """A dot a head and seed, the mean over both as a line."""
+def dots(axes: Axes, seeds: Sequence[PerHead], *, place: int, most: int = 0) -> list[Line2D]:
+    """A dot a head and seed, the mean over both as a line; ``most``: how many dots a plot beside it has, for dots of one size."""
     per_layer = [np.concatenate([one for one in found if one is not None]) if any(one is not None for one in found) else None for found in zip(*seeds, strict=True)]  # fmt: skip
-    many = max((len(one) for one in per_layer if one is not None), default=0) * len(per_layer)
-    size = 3.4 if many <= 100 else 2.8 if many <= 400 else 2.0
+    many = max(most, sum(len(one) for one in per_layer if one is not None))
+    size = 3.4 if many <= 100 else 2.8 if many <= 300 else 2.2
     for layer, values in enumerate(per_layer, start=1):
         if values is not None:
             axes.plot(
@@ -286,9 +283,9 @@ def draw_head_diversity(axes: Axes, inside: Inside, *, alone: bool = True) -> No
         None if inside.untrained is None or inside.untrained.heads is None else inside.untrained.heads.head_diversity
     )
     if fresh is not None:
-        _reference_line(axes, np.arange(1.0, inside.layers + 1), fresh)
+        reference_line(axes, np.arange(1.0, inside.layers + 1), fresh)
     _layer_line(axes, heads.head_diversity, place=0, label="trained")
-    _from_zero(axes)
+    from_zero(axes)
     layer_axis(axes, inside.layers)
     dress(axes, "Head Diversity", handles=_against_untrained(fresh, alone=alone))
 
@@ -301,7 +298,7 @@ def draw_head_pairs(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
     for place, (label, values) in enumerate((("1 − cos", heads.head_cosine), ("JS, bits", heads.head_js))):
         if values is not None:
             handles += _layer_line(axes, values, place=place, label=label)
-    _from_zero(axes)
+    from_zero(axes)
     layer_axis(axes, inside.layers)
     dress(axes, "Pairs of heads", handles=handles)
 
@@ -335,84 +332,6 @@ def _layer_line(axes: Axes, values: FloatArray, *, place: int, label: str) -> li
     return [sample(label, color=colour(place), marker=mark, markeredgewidth=0)]
 
 
-# -------------------------------------------------------------------------------------------------------------------- maps
-
-
-def draw_cka(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
-    """Similarity of every two points of the residual stream."""
-    assert inside.cka is not None, "asked for where it is"
-    draw_matrix(axes, inside.cka, across=inside.axis, up=inside.axis)
-    dress(axes, "CKA")
-    axes.grid(visible=False)
-
-
-def draw_matrix(axes: Axes, cka: FloatArray, *, across: Axis, up: Axis) -> None:
-    """CKA (points up, points across) in [0, 1], with layer numbers on both axes."""
-    shown = axes.imshow(np.clip(cka, 0, 1), origin="lower", interpolation="none", cmap="viridis", vmin=0, vmax=1)
-    axes.spines[:].set_visible(False)
-    axes.set_anchor("N")
-    for axis, put in ((across, axes.set_xticks), (up, axes.set_yticks)):
-        outputs = axis.outputs
-        step = next(step for step in (1, 2, 3, 4, 6, 8, 12, 24, len(outputs)) if (len(outputs) - 1) / step <= 6)
-        kept = outputs[::-1][::step]
-        put(kept, [f"{axis.depth[place]:g}" for place in kept])
-    axes.set_xlabel(across.word)
-    axes.set_ylabel(up.word)
-    colour_bar(axes, shown, ticks=(0, 0.5, 1), labels=("0", "0.5", "1"))
-
-
-def draw_rollout(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
-    """Where CLS takes its information from, over all layers; 1 is the mean over the grid."""
-    assert inside.rollout is not None, "asked for where it is"
-    mean = float(np.mean(inside.rollout)) or 1.0
-    ratio = inside.rollout / mean
-    shown = axes.imshow(ratio, interpolation="none", cmap="viridis")
-    low, high = float(np.nanmin(ratio)), float(np.nanmax(ratio))
-    axes.spines[:].set_visible(False)
-    h, w = ratio.shape
-    axes.set_xlabel(f"{h} × {w} tokens")
-    axes.set_anchor("N")
-    dress(axes, "Rollout of CLS (1: mean)")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    apart = 0.1 * (high - low)  # two labels have room
-    ticks = [low, *([1.0] if low + apart < 1 < high - apart else []), *([high] if high > low else [])]
-    colour_bar(axes, shown, ticks=ticks, labels=[f"{tick:.2f}" for tick in ticks])
-
-
-def draw_receptive_field(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
-    """Gradient of the centre token with respect to the input, and the squares that hold shares of it."""
-    field = inside.receptive_field
-    assert field is not None, "asked for where it is"
-    rows, columns = field.map.shape
-    size = inside.img_size or (rows, columns)
-    top = float(np.nanmax(field.map))
-    norm: Normalize = LogNorm(1e-3, 1, clip=True)
-    axes.imshow(
-        np.maximum(field.map / top, 1e-3) if top > 0 else field.map + 1e-3, interpolation="none", cmap="viridis", norm=norm,
-        extent=(0, size[1], size[0], 0),
-    )  # fmt: skip
-    y, x = field.centre_px or (size[0] / 2, size[1] / 2)
-    for place, side in enumerate(field.side_px):
-        square = Rectangle((x - side / 2, y - side / 2), side, side, fill=False, edgecolor=WHITE, linewidth=0.9, linestyle=("-", "--", "-.", ":")[place % 4], clip_on=True)  # fmt: skip
-        axes.add_patch(square)
-    axes.set_xlim(0, size[1])
-    axes.set_ylim(size[0], 0)
-    axes.spines[:].set_visible(False)
-    axes.set_anchor("N")
-    shares = ", ".join(f"{100 * share:g}" for share in field.shares)
-    sides = ", ".join(f"{side:.0f}" for side in field.side_px)
-    axes.set_xlabel(
-        f"{shares}% of it: squares of\n{sides} px of {size[0]} × {size[1]}" if shares else f"{size[0]} × {size[1]} px"
-    )
-    dress(axes, "Effective receptive field")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    colour_bar(axes, ScalarMappable(norm, "viridis"), ticks=(1e-3, 1e-2, 1e-1, 1), labels=("≤ 0.001", "0.01", "0.1", "1"))  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------------------------- filters
 
 
@@ -443,11 +362,18 @@ def accuracy_axis(axes: Axes, unfiltered: float | None, num_classes: int | None)
     if num_classes:
         axes.axhline(100 / num_classes, color=INK, linestyle=":", linewidth=1.0, zorder=1.4)
         handles.append(sample("chance", color=INK, linestyle=":", linewidth=1.0))
-    top = max([100 * (unfiltered or 0), *(float(np.nanmax(np.asarray(line.get_ydata(), dtype=float))) for line in axes.get_lines())])  # fmt: skip
-    axes.set_ylim(0, min(105.0, 1.08 * top) or 1)
-    if top > 60:
-        axes.set_yticks([0, 25, 50, 75, 100] if top > 93 else [0, 25, 50, 75])
+    share_accuracy_axis([axes])
     return handles
+
+
+def share_accuracy_axis(plots: Sequence[Axes]) -> None:
+    """The same y axis from 0, of round numbers where accuracies are high."""
+    heights = [np.asarray(drawn.get_ydata(), dtype=float) for axes in plots for drawn in axes.get_lines()]
+    top = max([0.0, *(float(one[np.isfinite(one)].max()) for one in heights if np.isfinite(one).any())])
+    for axes in plots:
+        axes.set_ylim(0, 103 if top > 60 else 1.08 * top or 1)
+        if top > 60:
+            axes.set_yticks([0, 25, 50, 75, 100])
 
 
 def radius_axis(axes: Axes, filters: Filters) -> None:
@@ -485,7 +411,9 @@ def draw_token_filters(axes: Axes, inside: Inside, kind: str, *, alone: bool = T
     dress(axes, f"Tokens, {KINDS[kind]} (%)", handles=handles)
 
 
-def _has_frequency(name: str) -> Callable[[Inside], bool]:
+def has_frequency(name: str) -> Callable[[Inside], bool]:
+    """Whether a model has one of the figures of Frequency."""
+
     def has(inside: Inside) -> bool:
         value = None if inside.frequency is None else getattr(inside.frequency, name)
         return value is not None and len(value) > 0
@@ -493,7 +421,14 @@ def _has_frequency(name: str) -> Callable[[Inside], bool]:
     return has
 
 
-def _has_heads(*names: str) -> Callable[[Inside], bool]:
+def has_amplitude(inside: Inside) -> bool:
+    """Whether a model has log amplitudes of more than DC: grids of one or two tokens have not."""
+    return inside.frequency is not None and any(len(one) > 1 for one in inside.frequency.log_amplitude)
+
+
+def has_heads(*names: str) -> Callable[[Inside], bool]:
+    """Whether a model has, in some layer, one of the figures of Heads."""
+
     def has(inside: Inside) -> bool:
         values = [None if inside.heads is None else getattr(inside.heads, name) for name in names]
         return any(
@@ -507,6 +442,10 @@ def _has_tokens(kind: str) -> Callable[[Inside], bool]:
     return lambda inside: any(curves.get(kind) is not None for _, curves in filtered_layers(inside))  # fmt: skip
 
 
+def _is_map(found: FloatArray | None) -> bool:
+    return found is not None and bool(np.isfinite(found).any())
+
+
 def _has_input(inside: Inside) -> bool:
     return inside.filters is not None and has_curves(inside.filters.input)
 
@@ -517,17 +456,17 @@ def has_curves(curves: Curves | None) -> bool:
 
 
 PANELS = (
-    Panel("hfd_share", 6, 1.7, 2.2, _has_frequency("hfd_share"), draw_hfd_share),
-    Panel("log_amplitude", 6, 1.7, 2.2, _has_frequency("log_amplitude"), draw_log_amplitude),
-    Panel("attention_distance", 7, 1.95, 2.5, _has_heads("attention_distance"), draw_attention_distance),
-    Panel("head_shares", 5, 1.95, 2.3, _has_heads("attention_entropy", "attention_nmi", "cls_mass"), draw_head_shares),
-    Panel("head_diversity", 3, 1.4, 1.9, _has_heads("head_diversity"), draw_head_diversity),
-    Panel("head_pairs", 3, 1.4, 1.9, _has_heads("head_cosine", "head_js"), draw_head_pairs),
-    Panel("hf_dc_ratio", 3, 1.4, 1.9, _has_frequency("hf_dc_ratio"), draw_hf_dc_ratio),
-    Panel("feature_variance", 3, 1.4, 1.9, _has_frequency("feature_variance"), draw_feature_variance),
-    Panel("cka", 4, 2.0, 2.9, lambda inside: inside.cka is not None and inside.cka.size > 0, draw_cka),
-    Panel("rollout", 4, 2.0, 2.9, lambda inside: inside.rollout is not None and inside.rollout.size > 0, draw_rollout),
-    Panel("receptive_field", 4, 2.0, 3.1, lambda inside: inside.receptive_field is not None, draw_receptive_field),
+    Panel("hfd_share", 6, 1.7, 2.2, has_frequency("hfd_share"), draw_hfd_share),
+    Panel("log_amplitude", 6, 1.7, 2.2, has_amplitude, draw_log_amplitude),
+    Panel("attention_distance", 7, 1.95, 2.5, has_heads("attention_distance"), draw_attention_distance),
+    Panel("head_shares", 5, 1.95, 2.3, has_heads("attention_entropy", "attention_nmi", "cls_mass"), draw_head_shares),
+    Panel("head_diversity", 3, 1.4, 1.9, has_heads("head_diversity"), draw_head_diversity),
+    Panel("head_pairs", 3, 1.4, 1.9, has_heads("head_cosine", "head_js"), draw_head_pairs),
+    Panel("hf_dc_ratio", 3, 1.4, 1.9, has_frequency("hf_dc_ratio"), draw_hf_dc_ratio),
+    Panel("feature_variance", 3, 1.4, 1.9, has_frequency("feature_variance"), draw_feature_variance),
+    Panel("cka", 4, 2.0, 2.9, lambda inside: _is_map(inside.cka), draw_cka),
+    Panel("rollout", 4, 2.0, 2.9, lambda inside: _is_map(inside.rollout), draw_rollout),
+    Panel("receptive_field", 4, 2.0, 3.1, lambda inside: inside.receptive_field is not None and _is_map(inside.receptive_field.map), draw_receptive_field),
     Panel("filters_input", 3, 1.5, 2.3, _has_input, draw_input_filters),
     *(
         Panel(f"filters_tokens_{kind}", 3, 1.5, 2.1, _has_tokens(kind), partial(draw_token_filters, kind=kind))

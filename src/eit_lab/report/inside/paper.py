@@ -5,6 +5,7 @@ Nothing is to be scaled: a figure of COLUMN inches goes into a column as it is, 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
@@ -25,7 +26,7 @@ COLUMN = 3.3
 """Inches of a column of a two-column paper."""
 PAGE = (7.0, 9.5)
 """Inches of a page's text, the most a figure fills."""
-ACROSS = 142
+ACROSS = 134
 """Letters of the smallest size on a line of a page."""
 UNITS = 12
 """What the width of a page is counted in."""
@@ -98,9 +99,9 @@ def words_height(lines: Sequence[tuple[str, str]]) -> float:
 
 
 def broken(facts: Sequence[str]) -> list[str]:
-    """Facts on as few lines of a page as hold them; a line ends between two of them."""
+    """Facts on as few lines of a page as hold them; a line ends between two of them, or in one that is longer than a line."""
     lines = [""]
-    for fact in facts:
+    for fact in [part for long in facts for part in textwrap.wrap(long, ACROSS)]:
         longer = f"{lines[-1]}  ·  {fact}" if lines[-1] else fact
         if len(longer) <= ACROSS:
             lines[-1] = longer
@@ -152,15 +153,16 @@ def _figure(axes: Axes) -> Figure:
     return figure
 
 
-def key_lines(labels: Sequence[str], width: float) -> int:
-    """How many lines a legend takes in a width in inches."""
-    return ceil(len(labels) / _columns(labels, width)) if labels else 0
+def legend_height(handles: Sequence[Line2D], width: float) -> float:
+    """Inches that a legend takes over such a width."""
+    columns = _columns([str(handle.get_label()) for handle in handles], width - 0.1)
+    return _LINE * ceil(len(handles) / columns)
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
     """A legend under all plots of a figure."""
     columns = _columns([str(handle.get_label()) for handle in handles], figure.get_figwidth() - 0.1)
-    figure.legend(handles=_by_rows(handles, columns), ncols=columns, loc="outside lower center")
+    figure.legend(handles=_by_rows(handles, columns), ncols=columns, loc="outside lower center", borderaxespad=0.35)
 
 
 def legend_at(figure: Figure, handles: Sequence[Line2D], *, top: float) -> None:

@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from eit_lab.report.figure import save_figure, style
+from eit_lab.report.inside.arms import SHOWN, arms_page, arms_panels
 from eit_lab.report.inside.model import model_page, model_panels
-from eit_lab.report.inside.numbers import ArmInside, Between, group, load_inside, read_between, read_inside
-from eit_lab.report.inside.viewer import write_viewer
+from eit_lab.report.inside.numbers import ArmInside, Between, group, load_inside, read_between
+from eit_lab.report.inside.viewer import read_pictures, write_viewer
 from eit_lab.runs import json_ready, write_text
 
 NUMBERS, GRAMS, PICTURES = "analysis.json", "grams.npz", "images.npz"
+PAGE, IMAGES = "page.png", "images.html"
 
 
 def save_model(
@@ -27,32 +29,40 @@ def save_model(
     pictures: Mapping[str, NDArray[Any]] | None,
     grams: NDArray[np.float32] | None,
     labels: Mapping[str, str],
+    figures: bool = True,
 ) -> list[Path]:
-    """Write all of one model; returns the files, the page first. ``labels`` (model, arm) go onto the page of images.
+    """Write all of one model; returns the files. ``labels`` (model, arm) go onto the page of images.
 
-    analysis.json is written last: where it is, all of it is.
+    analysis.json is written when all numbers are: where it is, the arrays are too. Figures come last (``draw_model``).
     """
     out.mkdir(parents=True, exist_ok=True)
-    inside = read_inside(json_ready(numbers), source=str(out / NUMBERS))
-    with style():
-        written = _save(out, "page", model_page(inside))
-        for name, figure in model_panels(inside).items():
-            _save(out / "figures", name, figure)
+    for stale in (PAGE, f"{Path(PAGE).stem}.svg", IMAGES, PICTURES, GRAMS):  # of an earlier analysis
+        (out / stale).unlink(missing_ok=True)
     if pictures is not None:
         arrays = {**pictures, **{key: np.array(text) for key, text in labels.items()}}
         np.savez_compressed(out / PICTURES, **arrays)  # type: ignore[arg-type]
-        write_viewer(arrays, out / "images.html")
-        written.append(out / "images.html")
     if grams is not None:
         np.savez_compressed(out / GRAMS, grams=grams, points=np.array(numbers["points"], dtype=np.str_))
     write_text(out / NUMBERS, json.dumps(json_ready(numbers), separators=(",", ":")) + "\n")
-    return [*written, out / NUMBERS, out / "figures"]
+    return [*(draw_model(out) if figures else []), out / NUMBERS]
+
+
+def draw_model(out: Path) -> list[Path]:
+    """The page, its figures and the page of images, from the numbers and arrays in a folder; the page itself last of all."""
+    inside = load_inside(out / NUMBERS)
+    written = []
+    with style():
+        for name, figure in model_panels(inside).items():
+            _save(out / "figures", name, figure)
+        if (out / PICTURES).is_file():
+            write_viewer(read_pictures(out / PICTURES), out / IMAGES)
+            written.append(out / IMAGES)
+        page = _save(out, Path(PAGE).stem, model_page(inside))
+    return [*page, *written, out / "figures"]
 
 
 def first_grams(folders: Sequence[Path]) -> dict[str, tuple[NDArray[np.float32], list[str]]]:
     """Gram matrices (groups, P, n, n) and points of the first analysed model of each arm that a figure shows."""
-    from eit_lab.report.inside.arms import SHOWN
-
     found: dict[str, tuple[NDArray[np.float32], list[str]]] = {}
     for folder in folders:
         if (folder / NUMBERS).is_file() and (folder / GRAMS).is_file():
@@ -65,8 +75,6 @@ def first_grams(folders: Sequence[Path]) -> dict[str, tuple[NDArray[np.float32],
 
 def save_arms(out: Path, folders: Sequence[Path], found: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write the figures that compare the arms of analysed models; nothing of a single model. ``found``: CKA between arms."""
-    from eit_lab.report.inside.arms import arms_page, arms_panels
-
     insides = [load_inside(folder / NUMBERS) for folder in folders if (folder / NUMBERS).is_file()]
     arms = group(insides)
     if len(insides) < 2:
@@ -84,8 +92,6 @@ def save_arms(out: Path, folders: Sequence[Path], found: Sequence[Mapping[str, A
 
 
 def _captions(arms: Sequence[ArmInside], between: Sequence[Between]) -> dict[str, str]:
-    from eit_lab.report.inside.arms import arms_panels
-
     with style():
         return {name: caption for name, (_, caption) in arms_panels(arms, between=between).items()}
 

@@ -138,9 +138,11 @@
       if (query === 0) return;
       const [i, j] = cell(query);
       const group = draw(svg, "g", { "data-query": place });
-      const round = { cx: left + (j + 0.5) * step.x, cy: top + (i + 0.5) * step.y, rx: 0.36 * step.x, ry: 0.36 * step.y };
-      draw(group, "ellipse", { class: "query-dark", ...round });
-      draw(group, "ellipse", { class: "query-light", ...round });
+      const [cx, cy] = [left + (j + 0.5) * step.x, top + (i + 0.5) * step.y];
+      const round = (share) => ({ cx, cy, rx: share * step.x, ry: share * step.y });
+      for (const name of ["query-rim", "query-dot"]) draw(group, "path", { class: name, d: `M${cx} ${cy}h0` });
+      draw(group, "ellipse", { class: "query-dark", ...round(0.4) });
+      draw(group, "ellipse", { class: "query-light", ...round(0.4) });
     });
   }
 
@@ -159,12 +161,15 @@
   const chosen = { image: 0, point: 0, query: 0, layer: num.layers - 1, head: 0 };
   let now = null; // the arrays of the chosen image
   let shown = null; // the map that is large
+  let largest = 0; // of all maps of this image and query
 
   function showImage() {
     const { index, label, predicted, right } = facts.images[chosen.image];
     now = unpack(chosen.image);
     element("title").textContent = `Image ${index}: ${label}, ${right ? "classified rightly" : `taken for ${predicted}`}`;
-    const source = document.querySelectorAll(".thumb img")[chosen.image].src;
+    const thumb = document.querySelectorAll(".thumb")[chosen.image], strip = thumb.parentNode;
+    strip.scrollLeft = thumb.offsetLeft - (strip.clientWidth - thumb.offsetWidth) / 2; // on a narrow page it is one line
+    const source = thumb.querySelector("img").src;
     for (const image of document.querySelectorAll(".stage img")) image.src = source;
     if (now.input) {
       const range = limits(now.input);
@@ -247,15 +252,19 @@
     element("point-said").textContent = `Thick: ${facts.points[point]}.`;
   }
 
+  /** The limits of a map's colours. */
+  function scaled(values, peak, most) {
+    return { zero: [0, peak], least: limits(values), all: [0, most] }[element("scale").value];
+  }
+
   function showMaps() {
     if (!num.layers) return;
-    const together = element("together").checked;
     const cells = [...document.querySelectorAll("#maps button")].map((button) => ({
       button, ...head(Number(button.dataset.layer), Number(button.dataset.head), chosen.query),
     }));
-    const most = limits(cells.map(({ peak }) => peak))[1];
+    const most = Math.max(0, ...cells.map(({ peak }) => peak).filter(Number.isFinite));
     for (const { button, values, peak, cls } of cells) {
-      paint(button.querySelector("canvas"), values, facts.grid, [0, together ? most : peak]);
+      paint(button.querySelector("canvas"), values, facts.grid, scaled(values, peak, most));
       button.querySelector(".peak").textContent = `≤${brief(peak)}`;
       const mass = button.querySelector(".mass");
       mass.textContent = `CLS ${Number.isFinite(cls) ? cls.toFixed(2).replace(/^0/, "") : "–"}`;
@@ -265,9 +274,11 @@
       button.title = text;
       button.setAttribute("aria-label", text);
     }
-    element("maps-bar").dataset.together = together;
     bar("maps-bar", [0, most]);
-    if (!together) element("maps-bar").querySelector(".high").textContent = "each map's own largest value";
+    const [low, high] = { zero: ["0", "its largest value"], least: ["its least", "its largest value"], all: ["0", said(most)] }[element("scale").value];
+    element("maps-bar").querySelector(".low").textContent = low;
+    element("maps-bar").querySelector(".high").textContent = high;
+    largest = most;
     for (const group of document.querySelectorAll("[data-query]")) group.classList.toggle("chosen", Number(group.dataset.query) === chosen.query);
     markMap();
   }
@@ -283,7 +294,7 @@
 
   function showMap(layer, number) {
     shown = head(layer, number, chosen.query);
-    const range = [0, element("together").checked ? Number(document.querySelector("#maps canvas").dataset.high) : shown.peak];
+    const range = scaled(shown.values, shown.peak, largest);
     paint(element("map").querySelector("canvas"), shown.values, facts.grid, range);
     bar("map-bar", range);
     const query = named(facts.queries[chosen.query]);
@@ -299,7 +310,8 @@
     else if (chosen.query !== before.query) showMaps();
     else if (chosen.layer !== before.layer || chosen.head !== before.head) markMap();
     if (chosen.point !== before.point) markPoint(chosen.point);
-    for (const name of ["image", "point", "query"]) {
+    if (num.queries) element("query").value = chosen.query;
+    for (const name of ["image", "point"]) {
       const input = document.querySelector(`input[name="${name}"][value="${chosen[name]}"]`);
       if (input) input.checked = true;
     }
@@ -342,7 +354,7 @@
   function start() {
     const root = document.documentElement;
     const styles = {
-      "--aspect": width / height, "--token-aspect": (columns * across) / (rows * down), "--heads": num.heads, "--points": facts.points.length,
+      "--aspect": width / height, "--token-aspect": (columns * across) / (rows * down), "--heads": num.heads, "--layers": Math.max(1, num.layers), "--points": facts.points.length,
       "--left": `${100 * left}%`, "--top": `${100 * top}%`,
       "--across": `${100 * columns * step.x}%`, "--down": `${100 * rows * step.y}%`,
     };
@@ -352,13 +364,13 @@
     for (const stage of document.querySelectorAll(".stage:not(.spectrum)")) {
       const plain = stage.id === "picked";
       stage.querySelector("canvas").hidden = plain;
-      dressed(stage, { grid: plain, queries: stage.id !== "rollout" });
+      dressed(stage, { grid: plain && facts.on_image, queries: stage.id !== "rollout" });
       if (stage.id === "rollout" || !facts.queries.some((query) => query > 0)) continue;
       stage.classList.add("clickable");
       stage.addEventListener("click", (event) => pick({ query: nearest(stage, event) }));
     }
     for (const badge of document.querySelectorAll(".badge")) badge.addEventListener("click", () => pick({ query: Number(badge.dataset.query) }));
-    if (facts.frequencies) {
+    if (facts.frequencies && facts.on_image) {
       // The token grid's Nyquist frequency is 1 / pitch of the image's own. Frequency 0 is a pixel, half a pixel off the middle if even.
       const [tall, wide] = facts.frequencies;
       const [a, b] = [Math.min(1, 1 / across), Math.min(1, 1 / down)];
@@ -367,10 +379,11 @@
     }
 
     document.addEventListener("change", ({ target }) => {
-      if (["image", "query"].includes(target.name)) pick({ [target.name]: Number(target.value) });
+      if (target.name === "image") pick({ image: Number(target.value) });
+      else if (target.id === "query") pick({ query: Number(target.value) });
       else if (target.name === "point") choose({ point: Number(target.value) });
       else if (target.id === "relative") showSpectra();
-      else if (target.id === "together") showMaps();
+      else if (target.id === "scale") showMaps();
     });
     document.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];

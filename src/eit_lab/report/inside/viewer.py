@@ -133,7 +133,7 @@ def _fault(pictures: Pictures) -> str | None:
             if known != length:
                 return f"{name} must have {known} along {axis}{f', as {by} has' if by else ''}, not {length}"
     height, width = (int(side) for side in pictures["grid"])
-    sizes = {"row": height, "column": width, "token": height * width}
+    sizes = {"row": height, "column": width, "token": height * width} if height * width else {}
     for axis, known in sizes.items():
         length, by = lengths.get(axis, (known, ""))
         if length != known:
@@ -159,7 +159,10 @@ def _facts(pictures: Pictures) -> dict[str, Any]:
     spectra = _has(pictures, "token_spectrum", "points")
     pitch = [float(p) for p in pictures["pitch"]]
     size, grid = list(pictures["images"].shape[1:3]), pictures["grid"].tolist()
-    if not all(np.isfinite(p) and p > 0 for p in pitch):  # a model without one pitch: its grid covers the image
+    on_image = all(grid)
+    if not on_image:  # a model without one grid of tokens
+        grid = list(pictures["token_spectrum"].shape[2:]) if spectra else [1, 1]
+    if not all(np.isfinite(p) and p > 0 for p in pitch):  # nor one pitch: what there is covers the image
         pitch = [side / tokens for side, tokens in zip(size, grid, strict=True)]
 
     def name(number: int) -> str:
@@ -171,6 +174,7 @@ def _facts(pictures: Pictures) -> dict[str, Any]:
         "data": str(pictures["data"]) if _has(pictures, "data") else "",
         "size": size,
         "grid": grid,
+        "on_image": on_image,
         "pitch": pitch,
         "images": [
             {"index": int(index), "label": name(int(label)), "predicted": name(int(said)), "right": bool(label == said)}
@@ -195,7 +199,7 @@ def _said(facts: Mapping[str, Any]) -> str:
         [
             *([facts["data"]] if facts["data"] else []),
             f"{total} image{'' if total == 1 else 's'} of {height} × {width} px, {right} classified rightly",
-            f"{rows} × {columns} tokens {down:.4g} × {along:.4g} px apart",
+            f"{rows} × {columns} tokens {down:.4g} × {along:.4g} px apart" if facts["on_image"] else "no grid of tokens that all layers share",
             f"{layers} layer{'' if layers == 1 else 's'} with attention, {facts['heads']} head{'' if facts['heads'] == 1 else 's'} each"
             if layers
             else "no layer with attention",
