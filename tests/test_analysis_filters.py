@@ -194,6 +194,6 @@ def test_a_layer_that_cannot_be_filtered_is_one_line(model: Backbone, layer: str
     with pytest.raises(ConfigError) as error:
         filter_settings(model, img_hw=(16, 16), layers=("stem", layer))
     assert str(error.value) == (
-        "analysis.filter_layers must be stem or blocks.l.mlp with l < 2 (after the last block only CLS counts), got "
+        "filter_layers must be stem or blocks.l.mlp with l < 2 (after the last block only CLS counts), got "
         f"{layer!r}; nearest: blocks.1.mlp"
     )

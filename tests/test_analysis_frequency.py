@@ -298,3 +298,20 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     expected = figures(torch.arange(7))
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_figures_of_the_cpu() -> None:
+    share, amplitude, heads = HFDShare(), LogAmplitude(grid=(5, 7)), HeadStatistics(3, (5, 7), (2.0, 3.0))
+    on_gpu = [metric.clone().cuda() for metric in (share, amplitude, heads)]
+    for device, metrics in (("cpu", (share, amplitude, heads)), ("cuda", on_gpu)):
+        spectrum = Spectrum.of_maps(images().to(device))
+        metrics[0].update(spectrum)
+        metrics[1].update(spectrum)
+        metrics[2].update(attention().to(device))
+    for here, there in zip((share, amplitude, heads), on_gpu, strict=True):
+        torch.testing.assert_close(there.compute(), here.compute(), rtol=1e-4, atol=1e-5, check_device=False)
+    noise = [
+        band_noise((3, 8, 8), 0.5, 0.3, 1.0, torch.Generator().manual_seed(0), device) for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(noise[1].cpu(), noise[0])

@@ -209,7 +209,7 @@ def query_and_key(images: int, heads: int, d: int = 5) -> tuple[Tensor, Tensor]:
 def test_parts_of_any_size_give_the_figures_of_whole_maps(
     chunk: int, quantities: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eit_lab.analysis.heads.CPU_CHUNK", chunk)
+    monkeypatch.setattr("eit_lab.analysis.heads.chunk_size", lambda device: chunk)
     q, k = query_and_key(4, 3)
     maps = AttentionMaps(q, k)
     expected = fast_figures(((q @ k.transpose(-2, -1)) / 5**0.5).softmax(dim=-1))
@@ -230,7 +230,7 @@ def test_only_what_is_asked_for_is_there() -> None:
 
 
 def test_memory_is_bounded_by_the_part_and_not_by_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eit_lab.analysis.heads.CPU_CHUNK", 2 * 13**2)
+    monkeypatch.setattr("eit_lab.analysis.heads.chunk_size", lambda device: 2 * 13**2)
     sizes: list[int] = []
     written_out = AttentionMaps.maps
 

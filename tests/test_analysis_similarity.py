@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eit_lab.analysis.similarity import Groups, MinibatchCKA, gram, hsic, minibatch_cka
+from eit_lab.analysis.similarity import SMALLEST_GROUP, MinibatchCKA, gram, hsic, minibatch_cka
 
 
 def features(n: int, *shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
@@ -28,16 +28,13 @@ def slow_cka(x: Tensor, y: Tensor) -> float:
     return slow_hsic(x, y) / (slow_hsic(x, x) * slow_hsic(y, y)) ** 0.5
 
 
-def cka_of(points: list[Tensor], *, size: int, batch: int) -> Tensor:
-    """CKA of all points over a stream of batches."""
-    groups, metric = Groups(len(points), size=size), MinibatchCKA(len(points))
-    for first in range(0, len(points[0]), batch):
-        for point, x in enumerate(points):
-            groups.add(point, x[first : first + batch])
-        for grams in groups.complete():
-            metric.update(grams)
-    for grams in groups.finish():
-        metric.update(grams)
+def cka_of(points: list[Tensor], *, size: int) -> Tensor:
+    """CKA of all points, in groups of ``size`` images; the last one counts from four images on."""
+    metric = MinibatchCKA(len(points))
+    for first in range(0, len(points[0]), size):
+        grams = [gram(x[first : first + size]) for x in points]
+        if len(grams[0]) >= SMALLEST_GROUP:
+            metric.update(torch.stack(grams))
     return metric.compute()
 
 
@@ -58,7 +55,7 @@ def test_hsic_is_the_unbiased_estimate(n: int) -> None:
 def test_one_group_of_all_images_is_the_unbiased_cka() -> None:
     x = features(12, 6, mean=3.0)
     y = x[:, :4] + features(12, 4, seed=1, mean=-5.0)
-    found = cka_of([x, y], size=12, batch=12)
+    found = cka_of([x, y], size=12)
     assert float(found[0, 1]) == pytest.approx(slow_cka(x, y), rel=1e-9)
     assert 0.1 < slow_cka(x, y) < 0.9
     assert float(minibatch_cka(gram(x)[None], gram(y)[None])) == pytest.approx(slow_cka(x, y), rel=1e-9)
@@ -68,7 +65,7 @@ def test_groups_add_up_before_the_ratio() -> None:
     x = features(16, 6)
     y = x[:, :4] + features(16, 4, seed=1)
     cross, xx, yy = (sum(slow_hsic(a[i : i + 8], b[i : i + 8]) for i in (0, 8)) for a, b in ((x, y), (x, x), (y, y)))
-    found = cka_of([x, y], size=8, batch=16)
+    found = cka_of([x, y], size=8)
     assert float(found[0, 1]) == pytest.approx(cross / (xx * yy) ** 0.5, rel=1e-9)
     assert float(found[0, 1]) != pytest.approx(slow_cka(x, y), rel=1e-3), "the group is a part of the definition"
     stacked = (torch.stack([gram(part) for part in z.split(8)]) for z in (x, y))
@@ -79,11 +76,11 @@ def test_cka_of_itself_of_rotations_scalings_and_shifts_is_one() -> None:
     x = features(32, 10)
     rotation = torch.linalg.qr(features(10, 10, seed=1)).Q
     points = [x, 7.5 * x, x @ rotation, x + features(1, 10, seed=2, mean=100.0)]
-    torch.testing.assert_close(cka_of(points, size=8, batch=32), torch.ones(4, 4, dtype=torch.float64))
+    torch.testing.assert_close(cka_of(points, size=8), torch.ones(4, 4, dtype=torch.float64))
 
 
 def test_cka_of_independent_features_is_near_zero_and_unbiased() -> None:
-    found = cka_of([features(640, 8, seed=seed) for seed in range(8)], size=32, batch=640)
+    found = cka_of([features(640, 8, seed=seed) for seed in range(8)], size=32)
     others = found[~torch.eye(8, dtype=torch.bool)]
     assert float(others.abs().max()) < 0.1
     assert float(others.min()) < 0 < float(others.max())
@@ -91,24 +88,14 @@ def test_cka_of_independent_features_is_near_zero_and_unbiased() -> None:
 
 
 def test_features_that_are_the_same_for_all_images_have_no_cka() -> None:
-    found = cka_of([features(8, 3), torch.ones(8, 3, dtype=torch.float64)], size=4, batch=8)
+    found = cka_of([features(8, 3), torch.ones(8, 3, dtype=torch.float64)], size=4)
     assert float(found[0, 0]) == pytest.approx(1)
     assert found[1].isnan().all()
 
 
-def test_batches_do_not_matter_and_the_last_group_counts_from_four_images_on() -> None:
-    points = [features(21, 5), features(21, 5).relu(), features(21, 3, seed=1)]
-    expected = cka_of(points, size=8, batch=21)  # groups of 8, 8 and 5
-    for batch in (1, 3, 8, 16):
-        torch.testing.assert_close(cka_of(points, size=8, batch=batch), expected, rtol=1e-12, atol=0)
-    without_the_last = cka_of([x[:16] for x in points], size=8, batch=16)
-    assert not torch.allclose(expected, without_the_last, rtol=1e-4)
-    torch.testing.assert_close(cka_of([x[:19] for x in points], size=8, batch=3), without_the_last)
-
-
 def test_two_ranks_of_whole_groups_merge_to_the_same_figure() -> None:
     x, y = features(24, 5), features(24, 5).abs()
-    expected = cka_of([x, y], size=8, batch=24)
+    expected = cka_of([x, y], size=8)
     ranks = [MinibatchCKA(2), MinibatchCKA(2)]
     for number, part in enumerate(torch.stack([x, y]).split(8, dim=1)):
         ranks[number % 2].update(torch.stack([gram(point) for point in part]))
@@ -118,7 +105,7 @@ def test_two_ranks_of_whole_groups_merge_to_the_same_figure() -> None:
 
 def test_between_two_models_is_within_their_union() -> None:
     points = [features(16, 5, seed=seed).relu() + features(16, 5) for seed in range(5)]
-    both, between = cka_of(points, size=8, batch=16), MinibatchCKA(2, 3)
+    both, between = cka_of(points, size=8), MinibatchCKA(2, 3)
     for grams in torch.stack([torch.stack([gram(part) for part in x.split(8)]) for x in points], dim=1):
         between.update(grams[:2], grams[2:])
     torch.testing.assert_close(between.compute(), both[:2, 2:])
@@ -127,5 +114,3 @@ def test_between_two_models_is_within_their_union() -> None:
 def test_fewer_than_four_images_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 images in a group, got 3"):
         MinibatchCKA(1).update(gram(features(3, 5))[None])
-    with pytest.raises(ValueError, match="at least 4 images in a group, got 2"):
-        Groups(1, size=2)

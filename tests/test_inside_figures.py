@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def made(arm: str = "eit", seed: int | None = 0, **more: Any) -> Inside:
 
 def arms_of(labels: Sequence[str], *, seeds: int = 2, **more: Any) -> list[ArmInside]:
     return group(made(label, seed, **more) for label in labels for seed in range(seeds))
+
+
+@cache
+def five_layers() -> tuple[Inside, dict[str, Figure]]:
+    """A model and its panels, for the tests that only look at them."""
+    inside = made("eit")
+    return inside, model_panels(inside)
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -121,16 +129,18 @@ def test_a_models_page_is_rendered_in_both_formats_with_all_its_labels(tmp_path:
     assert svg.count("<image") >= 3  # the maps, unscaled: a pixel of them is a token
 
 
-def test_a_page_of_24_layers_with_16_narrow_heads_is_legible() -> None:
-    words = check_legible(model_page(made("eit", layers=24, heads=16, grid=(19, 19), pitch=12)), width=7.0)
+def test_24_layers_with_16_narrow_heads_have_their_widths_and_true_frequencies() -> None:
+    panels = model_panels(made("eit", layers=24, heads=16, grid=(19, 19), pitch=12))
+    words = check_legible(panels["attention_distance"], width=3.3)
     assert "uniform, 118.7 px" in words
+    assert "2\n2\n2\n2\n3\n4\n4\n5\n6\n6\n" in words  # of the first layers' heads
+    words = check_legible(panels["log_amplitude"], width=3.3)
     assert "0.947π" in words
-    assert "\n2\n2\n2\n2\n3\n4\n4\n5\n6\n6\n" in words  # widths of the first layers' heads
     assert "untrained, layer 24" in words
 
 
 def test_every_panel_is_there_alone_at_a_columns_width() -> None:
-    panels = model_panels(made("eit"))
+    _, panels = five_layers()
     assert list(panels) == ALL_PANELS
     assert all(figure.get_figwidth() == 3.3 for figure in panels.values())
     words = check_legible(panels["attention_distance"], width=3.3)
@@ -164,8 +174,8 @@ def test_every_panel_is_legible_and_not_blank(case: dict[str, Any]) -> None:
 
 def test_what_was_not_measured_leaves_no_hole() -> None:
     trained = made("eit", without=("similarity", "rollout", "receptive_field", "filters", "identity"), untrained=False)
-    whole, page = model_page(made("eit")), model_page(trained)
-    assert page.get_figheight() < 0.65 * whole.get_figheight()
+    page = model_page(trained)
+    assert page.get_figheight() < 0.65 * model_page(made("eit")).get_figheight()
     assert list(model_panels(trained)) == ALL_PANELS[:8]
     words = check_legible(page, width=7.0)
     assert "untrained" not in words
@@ -190,8 +200,8 @@ def test_a_model_without_attention_or_with_names_of_its_own_is_drawn() -> None:
 
 
 def test_untrained_is_the_dashed_line_and_the_numbers_are_the_analysis() -> None:
-    inside = made("eit")
-    (axes,) = model_panels(inside)["hfd_share"].axes
+    inside, panels = five_layers()
+    (axes,) = panels["hfd_share"].axes
     assert inside.frequency is not None
     assert inside.frequency.hfd_share is not None
     solid = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
@@ -200,13 +210,13 @@ def test_untrained_is_the_dashed_line_and_the_numbers_are_the_analysis() -> None
         np.testing.assert_array_equal(line.get_ydata(), share)
         np.testing.assert_array_equal(line.get_xdata(), [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5])
     assert len([line for line in axes.get_lines() if line.get_linestyle() == "--"]) == 4
-    (axes,) = model_panels(inside)["log_amplitude"].axes
+    (axes,) = panels["log_amplitude"].axes
     assert axes.get_xticks()[-1] == 0.75
     assert max(line.get_xdata()[-1] for line in axes.get_lines()) == 0.75  # type: ignore[index]
 
 
 def test_the_squares_lie_around_the_centre_token() -> None:
-    found = made_inside("eit")
+    found = made_inside("eit", layers=1, without=("frequency", "heads", "filters", "similarity", "rollout"))
     found["receptive_field"]["centre_px"] = [10.0, 14.0]
     (axes,) = model_panels(read_inside(found))["receptive_field"].axes[:1]
     assert [patch.get_bbox().width for patch in axes.patches] == pytest.approx(found["receptive_field"]["side_px"])  # type: ignore[attr-defined]
@@ -218,7 +228,7 @@ def test_the_squares_lie_around_the_centre_token() -> None:
 
 
 def test_the_arms_page_is_rendered_with_its_labels(tmp_path: Path) -> None:
-    arms = arms_of(FOUR, layers=4)
+    arms = arms_of(FOUR, layers=4, heads=4)
     with style():
         save_figure(arms_page(arms), tmp_path / "arms")
     image = np.asarray(Image.open(tmp_path / "arms.png").convert("RGB")).astype(int)
@@ -232,7 +242,7 @@ def test_the_arms_page_is_rendered_with_its_labels(tmp_path: Path) -> None:
 
 
 def test_a_band_reaches_over_the_seeds_and_the_line_is_their_mean() -> None:
-    arms = arms_of(("vit", "eit"), seeds=3)
+    arms = arms_of(("vit", "eit"), seeds=3, without=("filters",))
     figure, caption = arms_panels(arms)["hfd_share"]
     (axes,) = figure.axes
     seeds = np.stack([inside.frequency.hfd_share[2, ::2] for inside in arms[1].insides])  # type: ignore[union-attr, index]
@@ -250,7 +260,7 @@ def test_a_band_reaches_over_the_seeds_and_the_line_is_their_mean() -> None:
 
 
 def test_one_seed_has_no_band_and_says_so() -> None:
-    figure, caption = arms_panels(arms_of(("vit", "eit"), seeds=1))["head_diversity"]
+    figure, caption = arms_panels(arms_of(("vit", "eit"), seeds=1, without=("filters",)))["head_diversity"]
     assert not figure.axes[0].collections
     assert "One seed an arm, so no bands." in caption
 
@@ -282,7 +292,10 @@ def test_the_first_arms_are_shown_and_the_others_named() -> None:
 
 
 def test_an_arm_keeps_the_colour_of_its_place() -> None:
-    arms = [ArmInside(arm.label, arm.insides, place=3 + n) for n, arm in enumerate(arms_of(("vit", "eit"), seeds=1))]
+    arms = [
+        ArmInside(arm.label, arm.insides, place=3 + n)
+        for n, arm in enumerate(arms_of(("vit", "eit"), seeds=1, without=("filters",)))
+    ]
     lines = arms_panels(arms)["log_amplitude"][0].axes[0].get_lines()
     assert {line.get_color() for line in lines} == {COLOURS[3], COLOURS[4]}
 

@@ -213,6 +213,53 @@ def test_what_is_looked_at_are_the_raw_weights_on_the_same_held_out_images_whate
         assert look["data"]["acc1"] == pytest.approx(hits / 5)
 
 
+TIMM = ("model=timm", "model.timm_name=test_resnet", "data.img_size=32", "recipe.epochs=1")
+
+
+def test_a_baseline_without_attention_has_the_figures_of_its_features_and_a_line_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in TINY if not word.startswith(("model", "data.img_size"))]
+    from eit_lab.train import main
+
+    assert main([*words, *TIMM]) == 0
+    assert " inside  no figures of heads: ResNet hands out features, not attention maps" in capsys.readouterr().out
+    folder = only_run(here / "runs")
+    (look,) = history_of(folder)
+    assert look["heads"] is None
+    assert {name for name, value in look["means"].items() if value is not None} == set(ANALYSIS["Frequency"])
+    logged = {name for name in rows_of(folder)[-1] if name.startswith("analysis/")}
+    layers = range(len(look["points"]))
+    assert logged == {
+        f"analysis/{name}{layer}" for name in ANALYSIS["Frequency"] for layer in ("", *(f"/{n:02d}" for n in layers))
+    }
+
+
+def test_a_model_that_shows_nothing_trains_unseen_and_a_line_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eit_lab.models import timm_intermediates
+    from eit_lab.train import main
+
+    closed = timm_intermediates.Support(False, False, "it hands out nothing")
+    monkeypatch.setattr(timm_intermediates, "supports", lambda _: closed)
+    words = [word for word in TINY if not word.startswith(("model", "data.img_size"))]
+    assert main([*words, *TIMM]) == 0
+    assert " inside  not analysed while it trains: it hands out nothing\n" in capsys.readouterr().out
+    assert record_of(only_run(here / "runs"))["analysis"] is None
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_of_training_can_be_looked_at(precision: str, here: Path) -> None:
+    assert train("recipe.epochs=1", f"trainer.precision={precision}", *EVERY) == 0
+    (look,) = history_of(only_run(here / "runs"))
+    assert look["precision"] == precision
+    # Weights drawn anew see evenly; with half the digits as well as with all of them.
+    assert look["means"]["attention_entropy"] == pytest.approx(1, abs=1e-3)
+    assert look["means"]["cls_mass"] == pytest.approx(1 / 17, rel=1e-2)
+    assert 0.1 < look["means"]["hfd_share"] < 0.9
+
+
 def test_nothing_is_looked_at_with_0(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("analysis.every_n_epochs=0") == 0
     folder = only_run(here / "runs")

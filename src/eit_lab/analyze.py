@@ -35,6 +35,7 @@ Look inside networks: what every layer does with frequencies, and every head wit
   images          how many images, of a fixed order that all models share                                      [all]
   untrained_images   how many of them the model before training sees, the reference line; 0: none              [1024]
   filter_images   how many are filtered; each goes through the network some 30 times and more; 0: none         [1024]
+  filter_layers   points whose tokens are filtered, such as stem,blocks.2.mlp; none: only the input      [stem and middle]
   field_images    how many the effective receptive field is of; 0: none                                        [128]
   pictures        how many images are on the page of images; 0: no page                                        [16]
   similarity      CKA between all layers, true or false                                                        [true]
@@ -51,7 +52,7 @@ what that page shows as arrays, images.npz. Of several runs, the arms beside eac
 arms.json with the similarity between arms. python -m eit_lab.report takes the numbers in. Interrupted, the same command goes on.
 """
 _OPTIONS: dict[str, Sequence[str] | None] = {
-    "part": ("test", "val"), "images": None, "untrained_images": None, "filter_images": None, "field_images": None,
+    "part": ("test", "val"), "images": None, "untrained_images": None, "filter_images": None, "filter_layers": None, "field_images": None,
     "pictures": None, "similarity": ("true", "false"), "batch_size": None, "seed": None, "data": None, "out": None,
     "figures": ("true", "false"), "overwrite": ("true", "false"),
 }  # fmt: skip
@@ -99,6 +100,7 @@ def _request(words: Words) -> dict[str, Any]:
     found: dict[str, Any] = {
         "part": options.get("part", "test"),
         "images": _number(options, "images", least=4) if "images" in options else None,
+        "filter_layers": _layers(options["filter_layers"]) if "filter_layers" in options else None,
         "similarity": options.get("similarity", "true") == "true",
     }
     for key, default in _DEFAULTS.items():
@@ -107,6 +109,10 @@ def _request(words: Words) -> dict[str, Any]:
         nearest = max(_GROUP, round(found["batch_size"] / _GROUP) * _GROUP)
         raise ConfigError(f"batch_size must be a multiple of {_GROUP}, got {found['batch_size']}; nearest: {nearest}")
     return found
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _number(options: Any, key: str, *, least: int) -> int:

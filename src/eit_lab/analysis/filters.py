@@ -79,8 +79,8 @@ def filter_settings(
                 f"stem or blocks.l.mlp with l < {depth - 1} (after the last block only CLS counts)" if depth else ""
             )
             raise ConfigError(
-                f"analysis.filter_layers must be {allowed or 'empty for a model of timm'}, got {name!r}; nearest: "
-                f"{possible[-1] if possible else '[]'}"
+                f"filter_layers must be {allowed or 'empty for a model of timm'}, got {name!r}; nearest: "
+                f"{possible[-1] if possible else 'none'}"
             )
     return FilterSettings(cutoffs=cutoffs, layers=tuple(layers))
 
@@ -111,15 +111,17 @@ class FilteredAccuracy(Metric):
         A condition is (place, kind, number): ``input`` or a layer; low, high or band; the place in cutoffs or centres.
         """
         if condition is None:
-            self.unfiltered += correct.sum()
-            self.images += correct.numel()
+            self.unfiltered = self.unfiltered + correct.sum()
+            self.images = self.images + correct.numel()
             return
         place, kind, number = condition
         row = (INPUT, *self.settings.layers).index(place)
         first, length = self.columns[kind]
         assert 0 <= number < length, f"{kind} has {length} conditions, got number {number}"
-        self.hits[row, first + number] += correct.sum()
-        self.seen[row, first + number] += correct.numel()
+        here = torch.zeros_like(self.hits)
+        here[row, first + number] = 1
+        self.hits = self.hits + here * correct.sum()
+        self.seen = self.seen + here * correct.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """``acc1`` and ``images`` (), and ``filtered`` (1 + layers, conditions): the input, then each layer; low, high, band.

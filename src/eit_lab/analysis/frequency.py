@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from eit_lab.analysis.means import ImageMean, as_float, full_precision
+from eit_lab.analysis.means import ImageMean, as_float, chunk_size, full_precision
 
 Grid = tuple[int, int]
 
@@ -32,10 +32,6 @@ _AMPLITUDE = 1e-6
 
 _CONSTANT = (8 * torch.finfo(torch.float32).eps) ** 2
 """Share of a map's energy outside DC up to which it is rounding, the map constant."""
-
-_CPU_CHUNK = 2**18
-"""Elements of the maps that are transformed at once: 1 MB of float32, so that a core's own cache keeps them until they are summed."""
-_GPU_CHUNK = 2**26
 
 
 def radius(grid: Grid) -> Tensor:
@@ -101,9 +97,9 @@ class Spectrum:
     def __init__(self, x: Tensor, grid: Grid) -> None:
         """Tokens (B, h w, C) without CLS, as the network has them, row by row of the grid."""
         self.grid, self.num_channels = grid, x.shape[-1]
-        chunk = _CPU_CHUNK if x.device.type == "cpu" else _GPU_CHUNK
+        images = max(1, chunk_size(x.device) // (x.shape[1] * x.shape[2]))
         with full_precision(x):
-            parts = [self._transform(part) for part in x.split(max(1, chunk // (x.shape[1] * x.shape[2])))]
+            parts = [self._transform(part) for part in x.split(images)]
         energy, self.log_amplitude = (torch.cat(part) for part in zip(*parts, strict=True))  # energy (B, h w)
         outside = energy[:, 1:]
         outside.masked_fill_(outside.sum(dim=1, keepdim=True) <= _CONSTANT * energy[:, :1], 0)
@@ -135,9 +131,9 @@ class Spectrum:
         place, sign = _unfolding(self.grid, x.device)
         energy = squares[:, :hc, :wc].flatten(1)[:, place] + 2 * sign * crossed.flatten(1)[:, place]
 
-        re, im = (cc - ss).diagonal(dim1=1, dim2=2), (cs + sc).diagonal(dim1=1, dim2=2)  # (b, C, F - 1)
-        amplitude = torch.cat([x[:, 0, 0, :, None].abs(), (re.square() + im.square()).sqrt()], dim=-1)
-        return energy.clamp_min(0), (amplitude + _AMPLITUDE).log().mean(dim=1)
+        cc, cs, sc, ss = (part.diagonal(dim1=1, dim2=2).transpose(1, 2) for part in (cc, cs, sc, ss))  # (b, F - 1, C)
+        amplitude = torch.cat([x[:, 0, :1].abs(), ((cc - ss).square() + (cs + sc).square()).sqrt()], dim=1)
+        return energy.clamp_min(0), (amplitude + _AMPLITUDE).log().mean(dim=2)
 
 
 def _spectrum(x: Tensor | Spectrum) -> Spectrum:

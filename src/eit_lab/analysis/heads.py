@@ -21,16 +21,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from eit_lab.analysis.means import as_float, full_precision
+from eit_lab.analysis.means import as_float, chunk_size, full_precision
 from eit_lab.models.intermediates import AttentionMaps
 
 Grid = tuple[int, int]
 Pitch = tuple[float, float]
-
-CPU_CHUNK = 2**18
-"""Elements of the maps that are worked on at once: 1 MB of float32, so that a core's own cache keeps them from softmax to sum."""
-GPU_CHUNK = 2**26
-"""The same where starting a kernel costs more than memory: 256 MB."""
 
 _TINY = torch.finfo(torch.float32).tiny
 _ROUNDING = 1e-6
@@ -122,7 +117,7 @@ class _TokenMaps:
         b, H, n, _ = p.shape
         own = _times_log(p).sum(dim=-1).double()
         total = (H - 1) * (own + log(2) * p.sum(dim=-1)).sum(dim=(1, 2))
-        queries = max(1, _chunk(p.device) // (2 * b * H * n))  # half as many elements: a sum, its logarithm
+        queries = max(1, chunk_size(p.device) // (2 * b * H * n))  # half as many elements: a sum, its logarithm
         for block in p.split(queries, dim=2):
             for head in range(1, H):
                 total -= _times_log(block[:, head:] + block[:, head - 1, None]).sum(dim=-1).double().sum(dim=(1, 2))
@@ -132,10 +127,6 @@ class _TokenMaps:
 def _times_log(p: Tensor) -> Tensor:
     """Each element p as p log p, 0 at 0; several times as fast on CPU as torch's own entr."""
     return (p + _TINY).log_().mul_(p)
-
-
-def _chunk(device: torch.device) -> int:
-    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def attention_distance(maps: Tensor, grid: Grid, pitch: Pitch) -> Tensor:
@@ -219,8 +210,7 @@ class HeadStatistics(Metric):
     def update(self, maps: AttentionMaps | Tensor) -> None:
         """Add the maps of B images (B, H, N, N), with CLS first."""
         B, H, N, _ = maps.shape
-        device = maps.device if isinstance(maps, Tensor) else maps.q.device
-        chunk = _chunk(device)
+        chunk = chunk_size(maps.device if isinstance(maps, Tensor) else maps.q.device)
         if isinstance(maps, Tensor):
             for part in maps.split(max(1, chunk // (H * N**2))):
                 self._add(_TokenMaps(part), slice(None))

@@ -30,15 +30,13 @@ from eit_lab.analysis.heads import HeadStatistics, uniform_distance
 from eit_lab.analysis.layout import forward, layout_of
 from eit_lab.analysis.means import full_precision
 from eit_lab.analysis.rollout import Rollout, RolloutMap
-from eit_lab.analysis.similarity import MinibatchCKA, gram
+from eit_lab.analysis.similarity import SMALLEST_GROUP, MinibatchCKA, gram
 from eit_lab.config import ImageSize, as_hw
 from eit_lab.models.image_model import ImageModel
 from eit_lab.models.intermediates import AttentionMaps, ConvolutionTaps, Tap
 
 GROUP = 32
 """Images of a minibatch of CKA: a part of its definition, since the figure depends on it."""
-FEWEST = 4
-"""Images that an incomplete group must have to count."""
 GRAM_IMAGES = 1024
 """Images of which Gram matrices are kept, to compare models by."""
 FREQUENCY = ("hfd_share", "hfd_share_no_dc", "log_amplitude", "hf_dc_ratio", "feature_variance")
@@ -139,7 +137,7 @@ class Profile(nn.Module):
             stacked = torch.stack(group)  # (P, n, n)
             if self.cka is None:  # also where no group counts: all ranks must have the sums
                 self.cka = MinibatchCKA(len(stacked)).to(stacked.device)
-            if len(group[0]) < FEWEST:
+            if len(group[0]) < SMALLEST_GROUP:
                 continue
             self.cka.update(stacked)
             if (number + 1) * GROUP <= GRAM_IMAGES and stacked.shape[-1] == GROUP:

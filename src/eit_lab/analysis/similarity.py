@@ -13,8 +13,6 @@ of one size the two are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -105,51 +103,3 @@ class MinibatchCKA(Metric):
     def compute(self) -> Tensor:
         """(P, Q), float64; not a number for a representation that is the same for all images."""
         return self.cross / (self.xx[:, None] * self.yy).sqrt()
-
-
-class Groups:
-    """Cuts a stream of features into groups of ``size`` images in order, and hands out the Gram matrices of each.
-
-    Features come batch by batch and point by point, as a forward pass makes them. What a batch leaves over of a group waits for
-    the next batch: fewer than ``size`` images of each point, and nothing where ``size`` divides the batch. A data set spread over
-    ranks keeps its figure when each rank gets whole groups.
-    """
-
-    def __init__(self, num_points: int, *, size: int = 32) -> None:
-        """``num_points`` representations P, ``size`` images a group. ValueError below 4 images."""
-        if size < SMALLEST_GROUP:
-            raise ValueError(f"the unbiased form needs at least {SMALLEST_GROUP} images in a group, got {size}")
-        self.size = size
-        self._rest: list[Tensor | None] = [None] * num_points
-        self._grams: list[list[Tensor]] = [[] for _ in range(num_points)]
-
-    def add(self, point: int, x: Tensor) -> None:
-        """Add the features (B, ...) of B images at a point, filler images left out."""
-        x = x.detach().flatten(1)
-        rest = self._rest[point]
-        if rest is not None:
-            missing = self.size - len(rest)
-            rest, x = torch.cat([rest, x[:missing]]), x[missing:]
-            if len(rest) < self.size:
-                self._rest[point] = rest
-                return
-            self._grams[point].append(gram(rest))
-        whole = len(x) // self.size * self.size
-        self._grams[point] += [gram(group) for group in x[:whole].split(self.size)] if whole else []
-        self._rest[point] = x[whole:].clone() if whole < len(x) else None  # a view would keep the whole batch alive
-
-    def complete(self) -> Iterator[Tensor]:
-        """The Gram matrices (P, n, n) of each group that is complete at every point, in order; each is handed out once."""
-        while all(self._grams):
-            yield torch.stack([waiting.pop(0) for waiting in self._grams])
-
-    def finish(self) -> Iterator[Tensor]:
-        """What is left at the end of the data set: the last, incomplete group if it has 4 images."""
-        yield from self.complete()
-        left = {0 if x is None else len(x) for x in self._rest}
-        assert len(left) == 1, f"some points were given fewer images than others: {sorted(left)} left over"
-        assert not any(self._grams), "some points were given fewer images than others"
-        rest = [x for x in self._rest if x is not None]
-        self._rest = [None] * len(self._rest)
-        if rest and len(rest[0]) >= SMALLEST_GROUP:
-            yield torch.stack([gram(x) for x in rest])

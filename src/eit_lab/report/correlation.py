@@ -83,7 +83,11 @@ class Correlation:
 
 
 def correlate(
-    x: Sequence[float], y: Sequence[float], arms: Sequence[Hashable], *, names: tuple[str, str] = ("x", "y")
+    x: Sequence[float] | Floats,
+    y: Sequence[float] | Floats,
+    arms: Sequence[Hashable],
+    *,
+    names: tuple[str, str] = ("x", "y"),
 ) -> Correlation:
     """Correlation of x and y, (runs,), whose arms are given run by run; never raises for too few or constant values."""
     assert len(x) == len(y) == len(arms), "a value and an arm for each run"

@@ -129,11 +129,16 @@ def sentence(one: Correlation, names: dict[str, str]) -> str:
     if {one.pooled.reason} == {one.between.reason} == {one.within.reason} != {""}:
         return f"{head}: no rank correlation ({one.pooled.reason})."
     parts = [
-        f"{_value(one.pooled)} over {one.runs} runs of {one.arms} arms",
+        _value(one.pooled) + (f" over {_many(one)}" if one.pooled.value is not None else ""),
         f"between the arms' means {_value(one.between)}{_p(one.between, one, 'arms')}",
         f"within arms {_value(one.within)}{_p(one.within, one, 'runs')}",
     ]
     return f"{head}: {'; '.join(parts)}.{_judgement(one)}{_together(one)}"
+
+
+def _many(one: Correlation) -> str:
+    runs, arms = (f"{n:,} {what}{'' if n == 1 else 's'}" for n, what in ((one.runs, "run"), (one.arms, "arm")))
+    return f"{runs} of {arms}"
 
 
 def _value(rho: Rho) -> str:
@@ -196,7 +201,7 @@ def _headline(planned: Sequence[Correlation], metric: Metric, names: dict[str, s
         spread = interval_text(one.pooled)
         text = f"ρ = {rho_text(one.pooled.value)}" + (f", 95% CI {spread}" if spread else ", no interval")
         holds = "" if not spread else ", zero left out" if one.pooled.excludes_zero else ", zero not left out"
-        parts.append(f"{names[one.x]} and {names[one.y]}: {text}{holds} ({one.runs} runs of {one.arms} arms)")
+        parts.append(f"{names[one.x]} and {names[one.y]}: {text}{holds} ({_many(one)})")
     return f"Inside the network, rank correlations, which are no causes: {'; '.join(parts)}." if parts else ""
 
 
@@ -234,7 +239,8 @@ def _low_pass(arms: Sequence[ArmAnalyses]) -> str:
     what = "A softmax-normalised convolution is a low-pass filter, since its kernels are non-negative and sum to 1"
     if not having:
         return f"{what}: none of these arms has one."
-    return f"{what}: {_listed(having)} {'has' if len(having) == 1 else 'have'} one, whose HFD share is lowered by that, not by the split alone."
+    has = "has one" if len(having) == 1 else "have one"
+    return f"{what}: {_listed(having)} {has}, and a low HFD share there may come from the kernels rather than from the split."
 
 
 def _mlp(arms: Sequence[ArmAnalyses]) -> str:

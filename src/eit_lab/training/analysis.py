@@ -45,6 +45,8 @@ class Request:
     """None: all of the part."""
     untrained_images: int
     filter_images: int
+    filter_layers: tuple[str, ...] | None
+    """Points whose tokens are filtered; None: the stem and the middle of the depth."""
     field_images: int
     pictures: int
     similarity: bool
@@ -160,7 +162,7 @@ class FilterPass(_Pass):
 
     def __init__(self, model: ImageModel, augment: BatchAugment, request: Request, img_hw: tuple[int, int]) -> None:
         super().__init__(model, augment, request)
-        self.settings = filter_settings(model, img_hw=img_hw)
+        self.settings = filter_settings(model, img_hw=img_hw, layers=request.filter_layers)
         self.accuracy = FilteredAccuracy(self.settings)
 
     def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int) -> None:

@@ -41,7 +41,7 @@ from eit_lab.training.checkpoint import Keeper, WholeFiles, pick, position
 from eit_lab.training.curve import PublishedCurve
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.energy import NOT_READ, Energy, open_counter
-from eit_lab.training.inside import InsideLog
+from eit_lab.training.inside import InsideLog, possible_looks
 from eit_lab.training.metrics_file import MetricsFile
 from eit_lab.training.module import Classifier, NotFiniteError
 from eit_lab.training.outcome import finish, write_classes
@@ -194,8 +194,9 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         callbacks.append(PublishedCurve(run.folder, reference, name=config.model.name))
     if config.trainer.record_samples:
         callbacks.append(SampleLog(run.folder, ranks))
-    if cut.looks is not None:
-        callbacks.append(InsideLog(config, run, record, clock, cut.looks, data=data, ranks=ranks))
+    looks, inside_note = possible_looks(config, model, cut.looks)
+    if looks is not None:
+        callbacks.append(InsideLog(config, run, record, clock, looks, data=data, ranks=ranks))
     if config.trainer.progress_bar:
         callbacks.append(ProgressLine(clock, cut, keeper))
     t = config.trainer
@@ -220,7 +221,7 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         write_classes(config, run, data)
         text = summary(
             config, facts, run, cost, cut, record["placement"],
-            batch_norm=batch_norm, from_notes=notes, data_notes=data.notes,
+            batch_norm=batch_norm, from_notes=notes, data_notes=data.notes, inside_note=inside_note,
         )  # fmt: skip
         print(text, flush=True)
     loggers += build_loggers(config, run, ranks)

@@ -20,11 +20,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from eit_lab.analysis.layout import layout_of
 from eit_lab.analysis.profile import Profile
-from eit_lab.config import Config
+from eit_lab.config import Config, as_hw
 from eit_lab.data.batch import FILLER
 from eit_lab.data.module import ImageData
 from eit_lab.data.order import fixed_order
+from eit_lab.models.image_model import ImageModel
 from eit_lab.plan import Looks
 from eit_lab.runs import Run, json_ready, write_record, write_text
 from eit_lab.training.callbacks import Clock
@@ -134,7 +136,9 @@ class InsideLog(Callback):
                 hits.update(logits.argmax(dim=-1) == labels)
                 if self.clock.energy is not None:
                     self.clock.energy.keep_up()
-            if not profile.points:  # no image is this rank's: it must have sums all the same, to add them up with the others
+            if (
+                not profile.points
+            ):  # no image is this rank's: it must have sums all the same, to add them up with the others
                 profile.update(self._as_input(self.data.part("val")[[(0, FILLER, 0, 0)]].images, classifier))
                 profile.reset()
             found = profile.result()
@@ -189,6 +193,17 @@ def _lines_up_to(path: Path, step: int) -> Iterator[str]:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             yield line
+
+
+def possible_looks(config: Config, model: ImageModel, looks: Looks | None) -> tuple[Looks | None, str]:
+    """The looks that a model lets one have, and a line on what it does not show; empty where nothing is missing."""
+    if looks is None:
+        wanted = config.analysis.every_n_epochs is None
+        return None, "not analysed while it trains: trainer.strategy=fsdp" if wanted else ""
+    layout = layout_of(model, img_hw=as_hw(config.data.img_size))
+    if not layout.depth:
+        return None, f"not analysed while it trains: {layout.missing}"
+    return looks, f"no figures of heads: {layout.missing}" if layout.missing else ""
 
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:

@@ -31,8 +31,9 @@ def summary(
     batch_norm: bool,
     from_notes: Sequence[str] = (),
     data_notes: Sequence[str] = (),
+    inside_note: str = "",
 ) -> str:
-    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, and of the data.
+    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, of the data and the inside.
 
     ``batch_norm``: whether the model has any.
     """
@@ -50,6 +51,7 @@ def summary(
         ("on", f"{placement['world_size']} x {placement['device']}, {placement['precision']}, "
                f"{plan.micro_batch} images a device and micro-batch, {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)} a step"),
         *(("from", note) for note in from_notes),
+        *([("inside", inside_note)] if inside_note else []),
         ("run", f"{run.folder}  ({'resumed' if run.state == 'resume' else 'new'}, seed {config.seed})"),
     ]  # fmt: skip
     return "\n".join(f"{name:>7}  {text}" for name, text in rows)
