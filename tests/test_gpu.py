@@ -75,3 +75,29 @@ def test_sharding_trains_the_same_model(here: Path) -> None:
     for name, weight in states[0].items():
         torch.testing.assert_close(states[1][name], weight, rtol=1e-3, atol=1e-4)
     assert record_of(sharded)["result"]["test/loss"] == pytest.approx(record_of(plain)["result"]["test/loss"], rel=1e-3)
+
+
+def test_an_analysis_finds_on_the_device_what_it_finds_on_the_cpu(here: Path) -> None:
+    import json
+
+    from eit_lab.analyze import main
+
+    assert train("recipe.epochs=1", "trainer.precision=32-true") == 0
+    words = [f"run={only_run(here / 'runs')}", "filter_images=64", "field_images=8", "pictures=2", "figures=false"]
+    assert main([*words, "out=gpu", "trainer.precision=32-true"]) == 0
+    assert main([*words, "out=cpu", "trainer.precision=32-true", "trainer.accelerator=cpu"]) == 0
+    gpu, cpu = (json.loads((here / name / "analysis.json").read_text()) for name in ("gpu", "cpu"))
+    assert gpu["device"] != cpu["device"]
+    assert gpu["means"] == pytest.approx(cpu["means"], rel=1e-3)
+    for layer, distances in enumerate(cpu["heads"]["attention_distance"]):
+        assert gpu["heads"]["attention_distance"][layer] == pytest.approx(distances, rel=1e-3)
+    assert gpu["receptive_field"]["side_px"] == pytest.approx(cpu["receptive_field"]["side_px"], rel=1e-2)
+
+
+def test_an_analysis_of_a_large_model_takes_four_gigabytes_at_most(here: Path) -> None:
+    import json
+
+    from eit_lab.bench import main
+
+    assert main(["analysis", "models=eit_mini", "images=64", "rounds=1", "device=cuda", f"out={here}"]) == 0
+    assert json.loads((here / "analysis.json").read_text())["memory"]["gb"] < 4
