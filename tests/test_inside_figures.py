@@ -159,7 +159,7 @@ def test_every_panel_is_there_alone_at_a_columns_width() -> None:
         {"layers": 12, "arm": "vit", "heads": 12, "grid": (14, 14), "pitch": 16.0},
         {"layers": 24, "heads": 16, "grid": (19, 19), "pitch": 12.0},
         {"layers": 10, "heads": 16, "grid": (8, 14), "pitch": 16.0},
-        {"layers": 6, "no_attention": (0, 1), "untrained": False},
+        {"layers": 6, "no_attention": (0, 1), "untrained": False, "grid": (16, 16), "pitch": 2.0},
     ],
 )
 def test_every_panel_is_legible_and_not_blank(case: dict[str, Any]) -> None:
@@ -220,8 +220,8 @@ def test_the_squares_lie_around_the_centre_token() -> None:
     found["receptive_field"]["centre_px"] = [10.0, 14.0]
     (axes,) = model_panels(read_inside(found))["receptive_field"].axes[:1]
     assert [patch.get_bbox().width for patch in axes.patches] == pytest.approx(found["receptive_field"]["side_px"])  # type: ignore[attr-defined]
-    assert all((patch.get_bbox().y0 + patch.get_bbox().y1) / 2 == pytest.approx(10) for patch in axes.patches)  # type: ignore[attr-defined]
-    assert all((patch.get_bbox().x0 + patch.get_bbox().x1) / 2 == pytest.approx(14) for patch in axes.patches)  # type: ignore[attr-defined]
+    assert all((patch.get_bbox().y0 + patch.get_bbox().y1) / 2 == pytest.approx(10.5) for patch in axes.patches)  # type: ignore[attr-defined]
+    assert all((patch.get_bbox().x0 + patch.get_bbox().x1) / 2 == pytest.approx(14.5) for patch in axes.patches)  # type: ignore[attr-defined]
 
 
 # ----------------------------------------------------------------------------------------------------------------- of arms

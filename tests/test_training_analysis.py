@@ -316,8 +316,12 @@ def test_weights_and_losses_are_the_same_to_the_last_bit_with_and_without(here: 
     assert [line for line in compare(off, on) if line.startswith("analysis/history.jsonl")], "which compares it too"
 
 
-def test_a_run_that_is_stopped_and_goes_on_has_each_look_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("saved", ["a step before the look", "right before the look"])
+def test_a_run_that_is_stopped_and_goes_on_has_each_look_once(
+    saved: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from eit_lab.training.checkpoint import Keeper
+    from eit_lab.training.module import Classifier
 
     words = (
         *EVERY,
@@ -336,6 +340,17 @@ def test_a_run_that_is_stopped_and_goes_on_has_each_look_once(here: Path, monkey
             raise OSError(28, "No space left on device", "last.ckpt")
         end(self, trainer, pl_module)
 
+    if saved == "right before the look":
+        step = Classifier.training_step
+
+        def stopped(self: Classifier, batch: Any, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 8:
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Classifier, "training_step", stopped)
+            assert train(*words, "run.root=killed") == 75
     with monkeypatch.context() as patch:
         patch.setattr(Keeper, "on_train_epoch_end", lost)
         assert train(*words, "run.root=killed") == 1

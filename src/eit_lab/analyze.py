@@ -175,7 +175,9 @@ def _from_here(folder: Path) -> Path:
 
 
 def _file(words: Words) -> _Target:
-    return _Target(None, words.options.get("model", "model"), None, Path(words.options.get("out", "analysis")))
+    options = words.options
+    name = options.get("model.timm_name") or options.get("model") or "model"
+    return _Target(None, name, None, Path(options.get("out", "analysis")))
 
 
 # ----------------------------------------------------------------------------------------------------------------- one model

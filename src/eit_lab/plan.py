@@ -11,7 +11,7 @@ from eit_lab.runs import DataFacts
 _MOST_ANALYSED = 512
 _DEFAULT_EVERY = 10
 _ANALYSIS_SHARE = 0.01
-# Forward passes that an image costs, in training and in an analysis (benchmarks/analysis.py).
+# Forward passes that an image costs, in training and in an analysis (benchmarks/records/analysis.md).
 _TRAINED, _ANALYSED = 3.0, 1.6
 
 

@@ -187,7 +187,8 @@ def build_sections(*, metric: str = DEFAULT_METRIC, factors: Sequence[str] = ())
         *(
             Section(
                 name=name,
-                note="Filled by runs that log analysis/*; empty until then. Means over the layers; one line an arm.",
+                note="Of held-out images, after every tenth epoch and the last (analysis.every_n_epochs). Means over the layers; "
+                "one line an arm.",
                 panels=tuple(
                     Lines(title=_ANALYSIS_TITLES[figure], y=(f"analysis/{figure}",), by_arm=True) for figure in figures
                 )

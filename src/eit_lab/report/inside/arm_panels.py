@@ -204,7 +204,7 @@ def draw_distances(axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool,
         uniform = one.arm.first.heads.uniform_distance if one.arm.first.heads else None
         if uniform is not None:
             uniform_line(plot, uniform)
-        top = max(top, plot.get_ylim()[1])
+        top = max(top, plot.get_ylim()[1], 1.07 * plot.dataLim.y1)
         layer_axis(plot, one.arm.first.layers, most=4 if len(axes) > 2 else 6)
         width = widths_of(one.arm.first)
         if width:
@@ -237,7 +237,9 @@ def draw_filters(axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool, a
             if values is not None and having:
                 filters = having[0].filters
                 assert filters is not None, "chosen above"
-                _band(plot, one, filters.centres if kind == "band" else filters.cutoffs, 100 * values)
+                x = filters.centres if kind == "band" else filters.cutoffs
+                known = np.isfinite(values).all(axis=0)  # a small grid has no frequency in some bands
+                _band(plot, one, x[known], 100 * values[:, known])
                 radius_axis(plot, filters)
         accuracy_axis(plot, None, _classes(shown))
         where = "Images" if at is None else f"Tokens, {Axis(('stem',)).after(at)}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -84,6 +84,7 @@ class _Panel:
     heading: str = ""
     """Of the figure that stands alone, where its plots have names of their own."""
     on_page: bool = True
+    is_matrix: bool = False
 
 
 def arms_page(arms: Sequence[ArmInside], *, between: Sequence[Between] = ()) -> Figure:
@@ -93,7 +94,7 @@ def arms_page(arms: Sequence[ArmInside], *, between: Sequence[Between] = ()) -> 
     """
     shown = _shown(arms)
     with paper():
-        panels = [panel for panel in _panels(shown, between) if panel.on_page]
+        panels = _for_page(list(_panels(shown, between)))
     rows = [[panels[place] for place in row] for row in fill_rows([panel.units for panel in panels])]
     heights = [max(panel.height for panel in row) for row in rows]
     lines = _lines(arms, shown, num_matrices=len(between))
@@ -148,6 +149,15 @@ def _shown(arms: Sequence[ArmInside]) -> list[Shown]:
     return [Shown(arm, at if arm.place is None else arm.place) for at, arm in enumerate(arms[:SHOWN])]
 
 
+def _for_page(panels: Sequence[_Panel]) -> list[_Panel]:
+    """Those that stand on the page; a single matrix beside the plots over depth, not in a row of its own."""
+    kept = [panel for panel in panels if panel.on_page]
+    small = [panel for panel in kept if panel.units < UNITS]
+    if len(small) != 4 or sum(panel.is_matrix for panel in small) != 1:
+        return kept
+    return [*(replace(panel, units=UNITS // 4) for panel in small), *(one for one in kept if one.units == UNITS)]
+
+
 def _with_untrained(shown: Sequence[Shown]) -> list[Line2D]:
     return [*(one.key for one in shown), *([reference("untrained")] if has_untrained(shown) else [])]
 
@@ -182,7 +192,7 @@ def _panels(shown: Sequence[Shown], between: Sequence[Between]) -> Iterator[_Pan
         name = f"{name}_{place}" if name in taken else name
         taken.add(name)
         said = f"CKA between the points of {pair.a} (upwards) and those of {pair.b} (across)."
-        yield _Panel(name=name, caption=said, shown=shown, draw=partial(draw_between, pair=pair), keys=[], height=2.1, alone=3.0, on_page=place < _MATRICES)  # fmt: skip
+        yield _Panel(name=name, caption=said, shown=shown, draw=partial(draw_between, pair=pair), keys=[], height=2.1, alone=3.0, on_page=place < _MATRICES, is_matrix=True)  # fmt: skip
 
 
 def _distances(having: Sequence[Shown]) -> _Panel:
@@ -203,7 +213,8 @@ def _filters(shown: Sequence[Shown], at: float | None, *, band: str, on_page: bo
     where = "stem" if at == 0 else f"layer {at:g}" if at is not None else ""
     nyquist = "1 is the Nyquist frequency" if at is None else "1 is the Nyquist frequency of the token grid"
     what = "images filtered before they enter" if at is None else f"images whose patch tokens after {'the ' if at == 0 else ''}{where} are filtered"  # fmt: skip
-    said = f"Top-1 of {what}: low-pass and high-pass against the cutoff's radius, band noise against the band's centre; {nyquist}. Dotted: chance. {band}"
+    chance = " Dotted: chance." if any_has(shown, lambda inside: inside.num_classes is not None) else ""
+    said = f"Top-1 of {what}: low-pass and high-pass against the cutoff's radius, band noise against the band's centre; {nyquist}.{chance} {band}"
     return _Panel(
         name="filters_input" if at is None else f"filters_tokens_{where.replace(' ', '_')}",
         heading="Filtered images: top-1 (%)" if at is None else f"Filtered tokens, {where}: top-1 (%)",

@@ -72,7 +72,8 @@ def draw_receptive_field(axes: Axes, inside: Inside, *, alone: bool = True) -> N
         np.maximum(field.map / top, 1e-3) if top > 0 else field.map + 1e-3, interpolation="none", cmap="viridis", norm=norm,
         extent=(0, size[1], size[0], 0),
     )  # fmt: skip
-    y, x = field.centre_px or (size[0] / 2, size[1] / 2)
+    # NOTE: a centre of whole numbers is the middle of a pixel; in the picture a pixel reaches from its number to the next.
+    y, x = (at + 0.5 for at in field.centre_px) if field.centre_px else (size[0] / 2, size[1] / 2)
     for place, side in enumerate(field.side_px):
         square = Rectangle((x - side / 2, y - side / 2), side, side, fill=False, edgecolor=WHITE, linewidth=0.9, linestyle=("-", "--", "-.", ":")[place % 4], clip_on=True)  # fmt: skip
         axes.add_patch(square)

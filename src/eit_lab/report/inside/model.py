@@ -94,5 +94,5 @@ def _lines(inside: Inside) -> list[tuple[str, str]]:
     if inside.untrained is not None:
         said.append("Dashed grey: the same model untrained.")
     if inside.filters is not None:
-        said.append("Filters: solid unfiltered, dotted chance.")
+        said.append(f"Filters: solid unfiltered{', dotted chance' if inside.num_classes else ''}.")
     return [*lines, *((line, MUTED) for line in textwrap.wrap(" ".join(said), ACROSS))]

@@ -76,7 +76,7 @@ class ReceptiveField:
     side_px: tuple[float, ...]
     """Of the smallest centred square that holds each share."""
     centre_px: tuple[float, float] | None
-    """(y, x) of the token; None where it was not written: the image's centre."""
+    """(row, column) of the token, whole numbers are the middles of pixels; None, where it is not known: the image's middle."""
 
 
 @dataclass(frozen=True, eq=False)

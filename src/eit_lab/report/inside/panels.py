@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.typing import ColorType
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from eit_lab.report.figure import INK, MUTED, colour, marker
@@ -78,9 +79,14 @@ def draw_hfd_share(axes: Axes, inside: Inside, *, alone: bool = True) -> None:
     if fresh is not None and fresh.hfd_share is not None:
         for share in fresh.hfd_share:
             reference_line(axes, inside.axis.depth, share)
-    handles = []
+    handles: list[Line2D] = []
     for place, (cutoff, share) in enumerate(zip(_frequency(inside).cutoffs, shares, strict=True)):
-        handles += _depth_line(axes, inside, share, place=place, label=cutoff_name(cutoff))
+        if place and np.allclose(
+            share, shares[place - 1], equal_nan=True
+        ):  # a small grid has no radius between the two
+            handles[-1].set_label(f"{handles[-1].get_label()}, {cutoff_name(cutoff).removeprefix('r > ')}")
+        else:
+            handles += _depth_line(axes, inside, share, place=place, label=cutoff_name(cutoff))
     if alone and fresh is not None and fresh.hfd_share is not None:
         handles.append(reference(UNTRAINED))
     axes.set_ylim(0, 1)
@@ -196,7 +202,7 @@ def _depth_axis(axes: Axes, inside: Inside) -> None:
 
 def from_zero(axes: Axes) -> None:
     """A y axis that begins at 0, with some numbers on it however small it is."""
-    axes.set_ylim(0, axes.get_ylim()[1])
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.07 * axes.dataLim.y1))
     axes.locator_params(axis="y", nbins=5, min_n_ticks=3)
 
 
@@ -345,12 +351,18 @@ def draw_input_filters(axes: Axes, inside: Inside, *, alone: bool = True) -> Non
         values = filters.input.get(kind)
         if values is not None:
             x = filters.centres if kind == "band" else filters.cutoffs
-            axes.plot(x, 100 * values, color=colour(place), marker=marker(place), markeredgewidth=0)
+            curve(axes, x, values, color=colour(place), marker=marker(place))
             handles.append(sample(name if alone else kind, color=colour(place), marker=marker(place), markeredgewidth=0))  # fmt: skip
     lines = accuracy_axis(axes, filters.acc1, inside.num_classes)
     handles += lines if alone else []
     radius_axis(axes, filters)
     dress(axes, "Top-1 of filtered images (%)" if alone else "Images, filtered (%)", handles=handles)
+
+
+def curve(axes: Axes, x: FloatArray, values: FloatArray, *, color: ColorType, marker: str) -> None:
+    """Shares as per cent, over the places that have one: a small grid has no frequency in some bands."""
+    known = np.isfinite(values)
+    axes.plot(x[known], 100 * values[known], color=color, marker=marker, markeredgewidth=0)
 
 
 def accuracy_axis(axes: Axes, unfiltered: float | None, num_classes: int | None) -> list[Line2D]:
@@ -402,9 +414,11 @@ def draw_token_filters(axes: Axes, inside: Inside, kind: str, *, alone: bool = T
         values = curves.get(kind)
         if values is not None:
             x = filters.centres if kind == "band" else filters.cutoffs
-            look: dict[str, Any] = {"color": colours(at / last), "marker": marker(place), "markeredgewidth": 0}
-            axes.plot(x, 100 * values, **look)
-            handles.append(sample(inside.axis.after(at) if alone or not handles else f"{at:g}", **look))
+            shade = colours(at / last)
+            curve(axes, x, values, color=shade, marker=marker(place))
+            is_next = any(str(one.get_label()).startswith(inside.axis.word) for one in handles)
+            label = f"{at:g}" if is_next and not alone else inside.axis.after(at)
+            handles.append(sample(label, color=shade, marker=marker(place), markeredgewidth=0))
     lines = accuracy_axis(axes, filters.acc1, inside.num_classes)
     handles += lines if alone else []
     radius_axis(axes, filters)
