@@ -211,11 +211,16 @@ def test_a_missing_compiler_leaves_the_row_with_its_reason(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["dota"], "bench must be one of data, scaling, sweep, got 'dota'; nearest: data"),
+        (["dota"], "bench must be one of data, scaling, sweep, analysis, got 'dota'; nearest: data"),
         (["data", "image=5"], "got 'image=5'; nearest: images"),
         (["data", "images=200"], "images must be 4 batches (128 each) or more, and 100, got 200; nearest: 512"),
         (["data", "seconds=0"], "seconds must be a number above 0, got '0'"),
         (["data", "fresh=yes"], "fresh must be true or false, got 'yes'"),
+        (["analysis", "model=eit_mini"], "got 'model=eit_mini'; nearest: models"),
+        (["analysis", "batch=48"], "batch must be a multiple of 32, got 48; nearest: 32"),
+        (["analysis", "rounds=0"], "rounds must be a whole number of 1 or more, got '0'"),
+        (["analysis", "device=tpu"], "device must be cpu, or cuda where there is one, got 'tpu'; nearest: cpu"),
+        (["analysis", "models=eit_huge"], "create_model: model must be one of"),
         (["data", "photos=/nowhere"], "photos must be a folder of photographs, got '/nowhere'"),
     ],
 )
@@ -239,3 +244,14 @@ def test_the_command_measures_every_row_and_keeps_a_record(command, tmp_path: Pa
         record["command"] == "python -m eit_lab.bench data images=100 batch=8 seconds=0.05 rounds=2 cache=cache out=out"
     )
     assert "## Cores that keep one H100 fed" in (tmp_path / "out" / "data.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_cost_of_an_analysis_is_measured_in_time_and_memory(command, tmp_path: Path) -> None:
+    done = command("bench", "analysis", "models=eit_nano", "memory=eit_nano", "images=32", "rounds=1", "out=out")
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    whats = {"plain", "two", "everything"}
+    assert set(record["seconds"]) == {f"eit_nano {p} {what}" for p in ("float32", "bfloat16") for what in whats}
+    assert 0 < record["memory"]["gb_half_way"] <= record["memory"]["gb_forward"] <= record["memory"]["gb"] < 4
+    assert (tmp_path / "out" / "analysis.md").read_text().count("eit_nano") >= 3

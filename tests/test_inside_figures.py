@@ -224,6 +224,24 @@ def test_the_squares_lie_around_the_centre_token() -> None:
     assert all((patch.get_bbox().x0 + patch.get_bbox().x1) / 2 == pytest.approx(14.5) for patch in axes.patches)  # type: ignore[attr-defined]
 
 
+def test_what_a_small_grid_cannot_tell_apart_is_one_line_and_what_it_does_not_have_is_no_gap() -> None:
+    found = made_inside("eit", layers=1, without=("heads", "similarity", "rollout", "receptive_field"), untrained=False)
+    found["frequency"]["hfd_share"][1] = found["frequency"]["hfd_share"][0]
+    found["filters"]["tokens"]["stem"] = found["filters"]["input"] | {"band": [0.5, None, *[0.6] * 6]}
+    del found["data"]["num_classes"]
+    found["frequency"]["feature_variance"] = [
+        0.0140,
+        0.0144,
+        0.0152,
+    ]  # a logarithmic axis with readable numbers all the same
+    panels = model_panels(read_inside(found))
+    assert "\nr > 1/4, 1/3\nr > 1/2\n" in check_legible(panels["hfd_share"], width=3.3)
+    stem = panels["filters_tokens_band"].axes[0].get_lines()[0]
+    np.testing.assert_array_equal(stem.get_ydata(), [50.0, *[60.0] * 6])
+    assert "chance" not in check_legible(panels["filters_input"], width=3.3)
+    assert {"0.01", "0.02"} <= set(check_legible(panels["feature_variance"], width=3.3).split("\n"))
+
+
 # ----------------------------------------------------------------------------------------------------------------- of arms
 
 
@@ -235,7 +253,7 @@ def test_the_arms_page_is_rendered_with_its_labels(tmp_path: Path) -> None:
     assert is_drawn(image)
     words = set(re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "arms.svg").read_text()))
     assert {
-        *FOUR, "untrained", "HFD share, r &gt; 1/2", "Head Diversity", "Log amplitude, highest − DC", "attention distance (px)",
+        *FOUR, "untrained", "HFD share, r &gt; 1/2", "Head Diversity", "Δ log amplitude", "attention distance (px)",
         "head width 4 to 16", "head width 16", "Images: low-pass (%)", "Images: band noise (%)", "Tokens, layer 1: high-pass (%)",
         "Lines are means over seeds, bands reach from the smallest to the largest seed (2 seeds an arm)",
     } <= words  # fmt: skip
@@ -307,9 +325,10 @@ def test_cka_between_arms_has_its_own_axes() -> None:
     figure, caption = arms_panels(arms, between=[read_between(pair)])["cka_vit_eit-x-y"]
     assert figure.axes[0].get_images()[0].get_array().shape == (5, 3)  # type: ignore[union-attr]
     assert caption == "CKA between the points of vit (upwards) and those of eit/x y (across)."
-    words = check_legible(arms_page(arms, between=[read_between(pair)] * 4), width=7.0)
-    assert "layer of eit/x y" in words
-    assert "3 of 4 matrices of CKA" in words
+    assert "layer of eit/x y" in check_legible(arms_page(arms, between=[read_between(pair)]), width=7.0)
+    many = arms_page(arms, between=[read_between(pair)] * 4)
+    assert len([axes for axes in many.axes if axes.get_images()]) == 3
+    assert any("3 of 4 matrices of CKA" in text.get_text() for text in many.texts)
     with pytest.raises(ConfigError, match=r"^x: cka\[0\] must have 3 entries, got 2$"):
         read_between(pair | {"cka": [[0.1, 0.5]] * 5}, source="x")
 

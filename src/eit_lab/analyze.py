@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,14 +132,19 @@ def _folders(words: Words) -> list[Path]:
     several = [named] if Path(named).expanduser().exists() else named.split(",")
     folders = [Path(name).expanduser() for name in [*(several if named else []), *words.rest]]
     if folders:
-        for key in ("data", "seed"):
-            if key in words.options:
-                raise ConfigError(f"{key} is the run's own, got {words.options[key]!r}; leave it out")
-        if "model" in words.options:
-            raise ConfigError(f"model is the run's own, got {words.options['model']!r}; leave it out")
+        _must_not_say(("data", "seed", "model"), words.options)
     elif "model" not in words.options and "checkpoint" not in words.options:
         raise ConfigError("analyze needs a run, a sweep or a model: analyze run=FOLDER, or checkpoint=FILE model=NAME")
     return folders
+
+
+def _must_not_say(keys: Sequence[str], options: Mapping[str, str]) -> None:
+    """Raise ConfigError for the first of some words that a run says itself."""
+    from eit_lab.config import ConfigError
+
+    for key in keys:
+        if key in options:
+            raise ConfigError(f"{key} is the run's own, got {options[key]!r}; leave it out")
 
 
 def _targets(folders: Sequence[Path], words: Words) -> tuple[list[_Target], list[str]]:
@@ -190,7 +195,12 @@ def _trained(target: _Target, words: Words) -> Trained:
     if target.run is not None:
         return find(dataclasses.replace(words, options=options | {"run": str(target.run)}, rest=()), command="analyze")
     if "checkpoint" in options:
-        return find(dataclasses.replace(words, rest=()), command="analyze", data=options.get("data", "imagenet"))
+        seed = (f"seed={options['seed']}",) if "seed" in options else ()
+        named = dataclasses.replace(words, rest=(), overrides=(*words.overrides, *seed))
+        trained = find(named, command="analyze", data=options.get("data", "imagenet"))
+        if trained.run is not None:
+            _must_not_say(("data", "seed"), options)
+        return trained
     return _untrained(options, words.overrides)
 
 
@@ -255,7 +265,15 @@ def _settings(trained: Trained, request: dict[str, Any], words: Words) -> dict[s
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in trained.files if path.exists()]
     kept = {key: value for key, value in request.items() if key != "batch_size"}
     changed = [word for word in words.overrides if not word.startswith(PLACEMENT)]
-    return {**kept, "weights": trained.weights, "files": files, "overrides": changed, "seed": trained.config.seed}
+    named = {key: words.options[key] for key in ("model", "model.timm_name", "data") if key in words.options}
+    return {
+        **kept,
+        **named,
+        "weights": trained.weights,
+        "files": files,
+        "overrides": changed,
+        "seed": trained.config.seed,
+    }
 
 
 def _done(target: _Target, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -385,7 +403,9 @@ def _several(
         failed += status != 0
         worked += time.monotonic() - since > 1
         left = (time.monotonic() - began) / max(1, worked) * (len(targets) - place - 1)
-        head = said.splitlines()[0] if status else str(target.out)
+        if status in (command.EXIT_INTERRUPTED, command.EXIT_PREEMPTED):  # processes that were asked to stop
+            return status
+        head = (said or f"ended with status {status}").splitlines()[0] if status else str(target.out)
         print(f"{place + 1}/{len(targets)}  {target.arm} seed {target.seed}  {head}  left {duration(left)}", flush=True)
     out = Path(words.options.get("out") or (folders[0] / "analysis" if len(folders) == 1 else "analysis"))
     from eit_lab.report.inside.saving import save_arms

@@ -100,7 +100,7 @@ def _main(argv: list[str]) -> int:
     if argv[0] == "analysis":
         from eit_lab.benchmark import inside
 
-        return inside.run(argv[1:])
+        return inside.run(argv[1:], progress=_progress)
     options = _options(argv[1:])
     from eit_lab.benchmark.results import summarise
 

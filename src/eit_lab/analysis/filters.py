@@ -82,7 +82,7 @@ def filter_settings(
                 f"filter_layers must be {allowed or 'empty for a model of timm'}, got {name!r}; nearest: "
                 f"{possible[-1] if possible else 'none'}"
             )
-    return FilterSettings(cutoffs=cutoffs, layers=tuple(layers))
+    return FilterSettings(cutoffs=cutoffs, layers=tuple(dict.fromkeys(layers)))  # one named twice is filtered once
 
 
 class FilteredAccuracy(Metric):

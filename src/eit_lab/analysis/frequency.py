@@ -8,8 +8,9 @@ Maps are real, (B, C, h, w), on grids of any shape. F = FFT2 over (h, w), not no
 r(u, v) = 2 sqrt(fu^2 + fv^2), f = fftfreq: 1 is the Nyquist frequency on an axis, sqrt 2 the corner. All figures of a map come
 from one ``Spectrum``; every function also takes one in place of the maps. Inputs in half precision are computed in float32.
 
-Where we differ: figures of a constant map are exactly 0, also where rounding leaves something (``Spectrum``). Band noise has the
-same power whatever its band; the published one is white noise of which the band is left, so that a wider ring is a stronger attack.
+Where we differ: figures of a constant map are exactly 0, also where rounding leaves something (``Spectrum``); of a map that is not
+finite they are no numbers. Band noise has the same power whatever its band; the published one is white noise of which the band is
+left, so that a wider ring is a stronger attack.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def hfd_share(x: Tensor | Spectrum, cutoffs: Sequence[float] = CUTOFFS, dc: bool
     spectrum = _spectrum(x)
     energy = spectrum.energy.double().flatten(1)
     total = (energy if dc else energy[:, 1:]).sum(dim=1, keepdim=True)
-    return torch.where(total > 0, energy @ _above(spectrum.grid, tuple(cutoffs), energy.device) / total, 0)
+    return torch.where(total == 0, 0, energy @ _above(spectrum.grid, tuple(cutoffs), energy.device) / total)
 
 
 def log_amplitude(x: Tensor | Spectrum) -> Tensor:
@@ -171,7 +172,7 @@ def hf_dc_ratio(x: Tensor | Spectrum) -> Tensor:
     """
     energy = _spectrum(x).energy.double().flatten(1)
     dc, rest = energy[:, 0], energy[:, 1:].sum(dim=1)
-    return torch.where(rest > 0, (rest / dc).sqrt(), 0)
+    return torch.where(rest == 0, 0, (rest / dc).sqrt())
 
 
 def feature_variance(x: Tensor | Spectrum) -> Tensor:
@@ -213,7 +214,7 @@ def band_noise(
     num_frequencies = int(ring.sum())
     if not num_frequencies:
         raise ValueError(f"a grid of {grid[0]}x{grid[1]} has no frequency within {width / 2:g} of {centre:g}")
-    white = torch.randn(tuple(shape), generator=generator, device=generator.device)
+    white = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device=generator.device)
     noise = torch.fft.irfft2(torch.fft.rfft2(white) * ring[:, : grid[1] // 2 + 1], s=grid)
     return (noise * (std * (ring.numel() / num_frequencies) ** 0.5)).to(device)
 

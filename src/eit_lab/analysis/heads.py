@@ -77,7 +77,7 @@ class _TokenMaps:
         """Of each token query's keys, in nats: (b, h, n); 0 where all its mass is on CLS."""
         logs = _times_log(self.maps)[..., 1:, 1:].sum(dim=-1)
         mass = self.mass.clamp_min(_TINY)
-        return torch.where(self.mass > 0, mass.log() - logs / mass, 0).clamp_min(0)
+        return torch.where(self.mass == 0, 0, mass.log() - logs / mass).clamp_min(0)
 
     def entropy(self) -> Tensor:
         """(b, h) in [0, 1]."""
@@ -91,7 +91,7 @@ class _TokenMaps:
             key_shares = (weights[..., None, :] @ self.maps)[..., 0, 1:]  # p(k)
         keys = -_times_log(key_shares).sum(dim=-1)
         information = keys - self.entropies.mean(dim=-1)
-        return torch.where(information > _ROUNDING, information / (keys * log(max(2, n))).clamp_min(_TINY).sqrt(), 0)
+        return torch.where(information <= _ROUNDING, 0, information / (keys * log(max(2, n))).clamp_min(_TINY).sqrt())
 
     @cached_property
     def divided(self) -> Tensor:

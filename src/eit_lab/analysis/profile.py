@@ -7,7 +7,7 @@ numbers a point) and what rollout multiplies up.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,15 +78,18 @@ class Profile(nn.Module):
         self.rollout: RolloutMap | None = None
         self._grams: dict[int, Tensor] = {}
 
-    def update(self, images: Tensor, *, first: int = 0) -> Tensor:
-        """Normalised images (B, C, H, W), the first of them number ``first`` in the order -> their logits (B, num_classes).
+    def update(self, images: Tensor, *, first: int = 0, kept: Tensor | None = None) -> Tensor:
+        """Normalised images (B, C, H, W) of a batch that begins with number ``first`` of the order -> logits (B, num_classes).
 
-        With similarity, ``first`` is a multiple of GROUP, and so is B but for the last images of all.
+        With similarity, ``first`` is a multiple of GROUP, and so is the batch but for the last images of all. ``kept`` (B,): their
+        places in the batch, upwards, where some of it are left out: their groups are smaller.
         """
         assert not self.wants_similarity or first % GROUP == 0, "groups of similarity begin at whole multiples"
         if not len(images):
             raise ValueError("images must be one or more, got none")
-        tap = _Listener(self, num_groups=-(-len(images) // GROUP) if self.wants_similarity else 0)
+        places = torch.arange(len(images)) if kept is None else kept
+        sizes = torch.bincount(places // GROUP).tolist() if self.wants_similarity else []
+        tap = _Listener(self, group_sizes=sizes)
         with torch.no_grad():
             logits = forward(self._model[0], images, tap=tap)
             if self.wants_similarity:
@@ -255,9 +258,9 @@ def _frequency_metrics(names: Collection[str], grid: tuple[int, int]) -> dict[st
 class _Listener(Tap):
     """Hands what one pass makes to a profile."""
 
-    def __init__(self, profile: Profile, *, num_groups: int) -> None:
-        self.profile = profile
-        self.grams: list[list[Tensor]] = [[] for _ in range(num_groups)]
+    def __init__(self, profile: Profile, *, group_sizes: Sequence[int]) -> None:
+        self.profile, self._sizes = profile, list(group_sizes)
+        self.grams: list[list[Tensor]] = [[] for _ in group_sizes]
         self.rollout = Rollout(profile.layout.splits) if profile.wants_rollout else None
         self._place = 0
 
@@ -271,9 +274,10 @@ class _Listener(Tap):
         self._compare(x)
 
     def _compare(self, x: Tensor) -> None:
-        with full_precision(x):
-            for number, grams in enumerate(self.grams):
-                grams.append(gram(x[number * GROUP : (number + 1) * GROUP]))
+        if self.grams:
+            with full_precision(x):
+                for grams, group in zip(self.grams, x.split(self._sizes), strict=True):
+                    grams.append(gram(group))
         self._place += 1
 
     def attention(self, layer: int, maps: AttentionMaps) -> None:

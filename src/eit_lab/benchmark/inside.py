@@ -13,6 +13,7 @@ import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -57,10 +58,14 @@ class _Options:
     out: Path
 
 
-def run(argv: Sequence[str]) -> int:
-    """``bench analysis``: measure, print and write the record. Returns 0; raises ConfigError for wrong words."""
+def run(argv: Sequence[str], *, progress: Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]) -> int:
+    """``bench analysis``: measure, print and write the record. Returns 0; raises ConfigError for wrong words.
+
+    ``progress``: a bar, told of a step's name, what of it is done, and all of it.
+    """
     options = _options(argv)
-    results = _measure(options)
+    with progress() as advance:
+        results = _measure(options, advance)
     results["command"] = " ".join(["python -m eit_lab.bench analysis", *argv])
     text = as_markdown(results)
     print(text)
@@ -104,7 +109,7 @@ def _options(argv: Sequence[str]) -> _Options:
 # -------------------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(options: _Options) -> dict[str, Any]:
+def _measure(options: _Options, advance: Callable[[str, int, int], None]) -> dict[str, Any]:
     import torch
 
     from eit_lab.benchmark.turns import interleave
@@ -116,19 +121,18 @@ def _measure(options: _Options) -> dict[str, Any]:
         for precision in precisions:
             for what, turn in _turns(model, precision, options).items():
                 turns[f"{model} {precision} {what}"] = turn
-    done, total = 0, options.rounds * len(turns)
-
-    def on_turn() -> None:
-        nonlocal done
-        done += 1
-        print(f"\r{done}/{total} turns", end="" if done < total else "\n", flush=True)
-
-    for turn in turns.values():
+    for place, turn in enumerate(turns.values()):
+        advance("warming up", place, len(turns))
         turn()  # allocations, first touches
-    seconds = interleave(turns, rounds=options.rounds, on_turn=on_turn)
+    total = options.rounds * len(turns)
+    done = iter(range(1, total + 1))
+    seconds = interleave(turns, rounds=options.rounds, on_turn=lambda: advance("in turn", next(done), total))
+    advance("memory", 0, 1)
+    memory = _memory(options)
+    advance("memory", 1, 1)
     return {
         "seconds": seconds,
-        "memory": _memory(options),
+        "memory": memory,
         "images": options.images,
         "batch": options.batch,
         "img_size": _IMG_SIZE,
@@ -157,7 +161,10 @@ def _turns(name: str, precision: str, options: _Options) -> dict[str, Callable[[
     def timed(body: Callable[[Any, int], object]) -> Callable[[], float]:
         def turn() -> float:
             began = time.perf_counter()
-            with torch.inference_mode(), torch.autocast(options.device, torch.bfloat16, enabled=precision == "bfloat16"):
+            with (
+                torch.inference_mode(),
+                torch.autocast(options.device, torch.bfloat16, enabled=precision == "bfloat16"),
+            ):
                 for first in range(0, options.images, options.batch):
                     body(images[first : first + options.batch], first)
             if options.device == "cuda":
@@ -191,7 +198,9 @@ def _measure_memory(options: _Options, sender: Any) -> None:
     import torch
 
     from eit_lab import create_model
+    from eit_lab.analysis.filters import FilteredAccuracy, filter_batch, filter_settings
     from eit_lab.analysis.profile import Profile
+    from eit_lab.analysis.receptive_field import contribution
 
     device, total = options.device, options.images * _MEMORY_TIMES
     model = create_model(options.memory, img_size=_IMG_SIZE).eval().to(device)
@@ -203,8 +212,21 @@ def _measure_memory(options: _Options, sender: Any) -> None:
             images = torch.randn(min(options.batch, total - first), 3, _IMG_SIZE, _IMG_SIZE, device=device)
             profile.update(images, first=first)
             peaks.append(_peak(device))
-    gigabytes = [(peak - before) / 1e9 for peak in peaks]
-    sender.send({"model": options.memory, "images": total, "gb": gigabytes[-1], "gb_half_way": gigabytes[len(peaks) // 2 - 1]})
+        settings = filter_settings(model, img_hw=(_IMG_SIZE, _IMG_SIZE))
+        metric = FilteredAccuracy(settings).to(device)
+        index = torch.arange(len(images), device=device)
+        filter_batch(model, images, index, settings=settings, metric=metric, index=index)
+    contribution(model, images[:8].clone())
+    gigabytes = [(peak - before) / 1e9 for peak in [*peaks, _peak(device)]]
+    sender.send(
+        {
+            "model": options.memory,
+            "images": total,
+            "gb_half_way": gigabytes[len(peaks) // 2 - 1],
+            "gb_forward": gigabytes[-2],
+            "gb": gigabytes[-1],
+        }
+    )
 
 
 def _now(device: str) -> int:
@@ -265,8 +287,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     memory = results["memory"]
     head += [
         "",
-        f"Memory beyond the model's, everything, {memory['model']}: {memory['gb']:.2f} GB over {memory['images']:,} images "
-        f"({memory['gb_half_way']:.2f} GB half way; goal: {GOAL_GB:g}).",
+        f"Memory beyond the model's, {memory['model']}: {memory['gb_half_way']:.2f} GB at its most half way and "
+        f"{memory['gb_forward']:.2f} GB after {memory['images']:,} images with everything of a forward pass; {memory['gb']:.2f} GB with "
+        f"filters and receptive field of one batch too (goal: {GOAL_GB:g}).",
         "",
     ]
     return "\n".join(head)

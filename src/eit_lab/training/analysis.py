@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from eit_lab.analysis.filters import FilteredAccuracy, filter_batch, filter_settings
+from eit_lab.analysis.filters import FilteredAccuracy, FilterSettings, filter_batch, filter_settings
 from eit_lab.analysis.pictures import take_pictures
 from eit_lab.analysis.profile import Profile
 from eit_lab.analysis.receptive_field import EffectiveReceptiveField, centre_px, contribution
@@ -94,7 +94,7 @@ class _Pass(LightningModule):
         counted = batch.index != FILLER
         if counted.any():
             images = self.augment.normalise(batch.images[counted]).to(next(self.model.parameters()).dtype)
-            self.take(images, batch.labels[counted], batch.index[counted], self._first(batch_idx))
+            self.take(images, batch.labels[counted], batch.index[counted], self._first(batch_idx), counted.nonzero()[:, 0])
         elif batch_idx == 0:
             self.take_none(self.augment.normalise(batch.images).to(next(self.model.parameters()).dtype))
 
@@ -112,8 +112,11 @@ class _Pass(LightningModule):
         """The figures of the pass, over all ranks."""
         raise NotImplementedError
 
-    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int) -> None:
-        """Images (B, C, H, W), labels (B,) and indices (B,) of a batch whose first image is number ``first`` of the order."""
+    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int, kept: Tensor) -> None:
+        """Images (B, C, H, W), labels and indices (B,) of a batch that begins with number ``first`` of the order.
+
+        ``kept`` (B,): their places in the batch, of which what could not be read is left out.
+        """
         raise NotImplementedError
 
 
@@ -136,36 +139,50 @@ class InsidePass(_Pass):
         self.hits = ExactMean()
         self.grams: NDArray[np.float32] | None = None
 
-    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int) -> None:
+    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int, kept: Tensor) -> None:
         """One forward pass, and one of the untrained model for the first images."""
-        logits = self.profile.update(images, first=first)
+        logits = self.profile.update(images, first=first, kept=kept)
         self.hits.update(logits.argmax(dim=-1) == labels)
-        if self.untrained is not None and first < self.untrained_images:
-            self.untrained.update(images, first=first)
+        if self.untrained is not None:
+            some = images[kept < self.untrained_images - first]
+            if len(some):
+                self.untrained.update(some, first=first)
+            elif not self.untrained.points:  # all of them are other ranks'
+                _make_sums(self.untrained, images[:1])
 
     def take_none(self, blank: Tensor) -> None:
-        """A profile makes its sums as it sees a model, and all ranks must have them."""
+        """Take part in the sums."""
         for profile in (self.profile, self.untrained):
             if profile is not None:
-                profile.update(blank)
-                profile.reset()
+                _make_sums(profile, blank)
 
     def result(self) -> dict[str, Any]:
         """All that a forward pass shows."""
         untrained = None if self.untrained is None else self.untrained.result()
         self.grams = self.profile.grams()
-        return self.profile.result() | {"untrained": untrained, "acc1": float(self.hits.compute())}
+        with self.hits.sync_context():
+            num_images = int(self.hits.count)
+        acc1 = float(self.hits.compute())
+        return self.profile.result() | {"untrained": untrained, "acc1": acc1, "images": num_images}
+
+
+def _make_sums(profile: Profile, image: Tensor) -> None:
+    """A profile makes its sums as it sees a model, and all ranks must have them to add them up."""
+    profile.update(image)
+    profile.reset()
 
 
 class FilterPass(_Pass):
     """Accuracy under every filter."""
 
-    def __init__(self, model: ImageModel, augment: BatchAugment, request: Request, img_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, model: ImageModel, augment: BatchAugment, request: Request, settings: FilterSettings
+    ) -> None:
         super().__init__(model, augment, request)
-        self.settings = filter_settings(model, img_hw=img_hw, layers=request.filter_layers)
+        self.settings = settings
         self.accuracy = FilteredAccuracy(self.settings)
 
-    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int) -> None:
+    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int, kept: Tensor) -> None:
         """Every condition of these images."""
         filter_batch(self.model, images, labels, settings=self.settings, metric=self.accuracy, index=index)
 
@@ -188,7 +205,7 @@ class FieldPass(_Pass):
         super().__init__(model, augment, request)
         self.field = EffectiveReceptiveField(img_hw, centre=centre)
 
-    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int) -> None:
+    def take(self, images: Tensor, labels: Tensor, index: Tensor, first: int, kept: Tensor) -> None:
         """The gradients with respect to these images."""
         self.field.update(contribution(self.model, images))
 
@@ -219,6 +236,7 @@ def analyse(
     data.setup("test")
     num_images = min(request.images or len(data.part(request.part)), len(data.part(request.part)))
     img_hw = as_hw(config.data.img_size)
+    settings = filter_settings(model, img_hw=img_hw, layers=request.filter_layers)  # what is wrong is said before the work
     bar = EvaluationBar()
     with evaluation_trainer(config, bar=bar) as trainer:
 
@@ -229,9 +247,10 @@ def analyse(
 
         inside = InsidePass(model, augment, request, config.data.img_size, untrained)
         numbers = run(inside, name="inside", count=num_images)
+        num_read = numbers.pop("images")
         acc1 = numbers.pop("acc1") if files else None
         if request.filter_images and files:
-            filters = FilterPass(model, augment, request, img_hw)
+            filters = FilterPass(model, augment, request, settings)
             numbers |= run(filters, name="filters", count=request.filter_images)
         centre = centre_px(model, img_hw, in_chans=config.data.in_chans) if request.field_images else None
         if centre is not None:
@@ -247,8 +266,9 @@ def analyse(
         "data": {
             "name": config.data.name,
             "part": request.part,
-            "images": num_images,
+            "images": num_read,
             "img_size": list(inside.profile.img_hw),
+            "num_classes": num_classes,
             "acc1": acc1,
         },
         "device": where,
@@ -258,7 +278,10 @@ def analyse(
     if request.pictures and trainer.is_global_zero:
         shown = data.first(min(request.pictures, num_images))
         batch = data.part(request.part)[[(0, int(index), 0, 0) for index in shown]]
-        pictures = take_pictures(model, batch, augment, class_names=class_names)
+        read = batch.index != FILLER
+        if read.any():
+            batch = Batch(*(tensor[read] for tensor in batch[:4]))
+            pictures = take_pictures(model, batch, augment, class_names=class_names)
     numbers["seconds"] = round(time.perf_counter() - began, 3)
     return Analysis(numbers, pictures, inside.grams)
 

@@ -148,6 +148,7 @@ class InsideLog(Callback):
             "part": "val",
             "images": self.looks.num_images,
             "img_size": list(profile.img_hw),
+            "num_classes": model.num_classes,
             "acc1": acc1,
         }
         return {"data": data, **found}
@@ -220,9 +221,9 @@ def _by_layer(result: Mapping[str, Any]) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     if frequency is not None:
         outputs = [place for place, name in enumerate(points) if name.endswith(".mlp")] or range(len(points))
-        columns: dict[str, Sequence[float]] = {
+        columns: dict[str, Sequence[float | None]] = {
             "hfd_share": frequency["hfd_share"][frequency["cutoffs"].index(1 / 2)],
-            "log_amplitude": [curve[-1] for curve in frequency["log_amplitude"]],
+            "log_amplitude": [curve[-1] if len(curve) > 1 else None for curve in frequency["log_amplitude"]],
             "hf_dc_ratio": frequency["hf_dc_ratio"],
             "feature_variance": frequency["feature_variance"],
         }

@@ -135,7 +135,7 @@ def draw_hfd_share(axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool)
 def draw_log_amplitude(axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool) -> None:
     """Log amplitude of the highest frequency on the diagonal minus that of DC, after the stem and after each layer."""
     _stream(axes[0], shown, lambda found: np.array([one[-1] for one in found.log_amplitude]) if found.log_amplitude else None)  # fmt: skip
-    dress(axes[0], "Log amplitude, highest − DC")
+    dress(axes[0], "Δ log amplitude")
 
 
 def _stream(axes: Axes, shown: Sequence[Shown], value: Callable[[Frequency], FloatArray | None]) -> None:

@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.typing import ColorType
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.typing import ColorType
 
 from eit_lab.report.figure import INK, MUTED, colour, marker
 from eit_lab.report.inside.checked import FloatArray
@@ -144,6 +144,9 @@ def log_axis(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers: decades, and between them where it spans few."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    if high < 6 * low:  # two of 1, 2, 5, 10 lie in it whatever it begins with
+        middle = np.sqrt(low * high)
+        low, high = axes.set_ylim(middle / np.sqrt(6), middle * np.sqrt(6))
     decades = np.log10(high / low)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"{value:.0e}"))  # fmt: skip
