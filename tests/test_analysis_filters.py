@@ -185,6 +185,7 @@ def test_default_cutoffs_part_the_radii_of_the_smallest_grid_that_we_train() -> 
 def test_default_layers_are_the_stem_and_the_middle(model: Backbone) -> None:
     assert filter_settings(model, img_hw=(16, 16)).layers == ("stem", "blocks.0.mlp")
     assert filter_settings(Waves(), img_hw=(16, 16)).layers == ()  # type: ignore[arg-type]
+    assert filter_settings(model, img_hw=(16, 16), layers=("stem", "stem")).layers == ("stem",)  # once
     small, large = (filter_settings(model, img_hw=(side, side)).cutoffs for side in (64, 224))
     assert set(small) < set(large)
 

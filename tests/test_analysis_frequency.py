@@ -315,3 +315,11 @@ def test_gpu_gives_the_figures_of_the_cpu() -> None:
         band_noise((3, 8, 8), 0.5, 0.3, 1.0, torch.Generator().manual_seed(0), device) for device in ("cpu", "cuda")
     ]
     assert torch.equal(noise[1].cpu(), noise[0])
+
+
+def test_map_that_is_not_finite_has_no_figures_rather_than_those_of_a_constant() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    x[1, 0, 2, 2] = torch.nan
+    for figure in (hfd_share(x), hfd_share(x, dc=False), log_amplitude(x), hf_dc_ratio(x), feature_variance(x)):
+        assert figure[0].isfinite().all()
+        assert figure[1].isnan().all()

@@ -280,3 +280,9 @@ def test_each_figure_has_a_metric_of_its_own() -> None:
     for name, metric in of_their_own.items():
         metric.update(maps)
         assert torch.equal(metric.compute(), expected[name]), name
+
+
+def test_maps_that_are_no_numbers_have_no_figures_rather_than_those_of_one_key() -> None:
+    maps = torch.full((1, 2, 17, 17), torch.nan)
+    for figure in (attention_entropy(maps), attention_nmi(maps), cls_mass(maps), head_cosine(maps), head_js(maps)):
+        assert figure.isnan().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eit_lab.analysis.similarity import SMALLEST_GROUP, MinibatchCKA, gram, hsic, minibatch_cka
+from eit_lab.analysis.similarity import SMALLEST_GROUP, MinibatchCKA, centred, gram, hsic, minibatch_cka
 
 
 def features(n: int, *shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
@@ -114,3 +114,14 @@ def test_between_two_models_is_within_their_union() -> None:
 def test_fewer_than_four_images_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 images in a group, got 3"):
         MinibatchCKA(1).update(gram(features(3, 5))[None])
+
+
+def test_features_alike_but_for_rounding_have_no_cka_and_centring_twice_is_centring_once() -> None:
+    torch.manual_seed(0)
+    same = (0.37 * torch.randn(1000)).expand(32, -1)
+    other = gram(torch.randn(32, 50) + 1e4)
+    cka = MinibatchCKA(2)
+    cka.update(torch.stack([gram(same), other]))
+    assert cka.compute()[0].isnan().all()
+    assert cka.compute()[1, 1] == pytest.approx(1)
+    torch.testing.assert_close(centred(centred(other)), centred(other), rtol=1e-3, atol=1e-3)  # of products of 5e9

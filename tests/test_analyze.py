@@ -129,6 +129,36 @@ def test_a_profile_is_the_same_for_any_batch_size() -> None:
         assert other == pytest.approx(first, rel=1e-5, abs=1e-6)
 
 
+def test_groups_of_similarity_stay_where_they_were_when_images_could_not_be_read() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_nano", num_classes=10, img_size=8).eval()
+    images = torch.randn(3 * GROUP, 3, 8, 8)
+    read = torch.ones(3 * GROUP, dtype=torch.bool)
+    read[[2, 5, GROUP]] = False
+    found = []
+    for batch in (GROUP, 3 * GROUP):
+        profile = Profile(model, 8, heads=(), similarity=True)
+        for first in range(0, len(images), batch):
+            kept = read[first : first + batch]
+            profile.update(images[first : first + batch][kept], first=first, kept=kept.nonzero()[:, 0])
+        found.append(np.array(profile.result()["similarity"]["cka"]))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    shifted = Profile(model, 8, heads=(), similarity=True)
+    shifted.update(images[read])
+    assert (
+        np.abs(np.array(shifted.result()["similarity"]["cka"]) - found[0]).max() > 1e-7
+    )  # the figure does depend on groups
+
+
+def test_the_reference_line_is_of_as_many_images_as_asked_for_whatever_the_batch(run: Path, tmp_path: Path) -> None:
+    found = []
+    for batch in (32, 64):
+        words = [f"run={run}", f"out={tmp_path / str(batch)}", *QUICK, "untrained_images=10", f"batch_size={batch}"]
+        assert main(words) == 0
+        found.append(numbers_of(tmp_path / str(batch))["untrained"])
+    assert found[0]["frequency"]["hf_dc_ratio"] == pytest.approx(found[1]["frequency"]["hf_dc_ratio"], rel=1e-6)
+
+
 def test_all_parts_of_an_analysis_are_there(run: Path, tmp_path: Path) -> None:
     assert (
         main([f"run={run}", f"out={tmp_path}", "filter_images=32", "field_images=4", "pictures=3", "figures=false"])
@@ -171,6 +201,23 @@ def test_what_has_been_analysed_is_not_analysed_again(
     assert (tmp_path / "analysis.json").stat().st_mtime_ns > again
 
 
+def test_another_model_in_the_same_folder_is_analysed(here: Path) -> None:
+    words = ["data=synthetic", "data.img_size=8", "data.num_samples=64", "trainer.accelerator=cpu", *QUICK, "out=one"]
+    for name in ("vit_nano", "lsra_nano"):
+        assert main([f"model={name}", *words]) == 0
+        assert numbers_of(here / "one")["model"] == name
+
+
+def test_a_pass_whose_default_is_half_precision_is_analysed(run: Path, tmp_path: Path) -> None:
+    words = [f"run={run}", "filter_images=4", "field_images=4", "pictures=1", "images=8", "figures=false"]
+    assert main([*words, f"out={tmp_path / 'half'}", "trainer.precision=bf16-true"]) == 0
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    half, whole = numbers_of(tmp_path / "half"), numbers_of(tmp_path / "whole")
+    assert half["precision"] == "bf16-true"
+    assert half["means"]["hfd_share"] == pytest.approx(whole["means"]["hfd_share"], rel=0.02)
+    assert np.array(half["rollout"]["cls"]).sum() == pytest.approx(np.array(whole["rollout"]["cls"]).sum(), rel=0.02)
+
+
 def test_no_place_of_a_machine_is_in_the_numbers(run: Path, tmp_path: Path) -> None:
     assert main([f"run={run}", f"out={tmp_path}", *QUICK, "data.num_workers=0"]) == 0
     text = (tmp_path / "analysis.json").read_text()
@@ -211,10 +258,15 @@ def test_a_model_of_timm_says_what_it_cannot_give(here: Path, capsys: pytest.Cap
         (["figures=false"], "analyze needs a run, a sweep or a model"),
         (["RUN", "out=/proc/nowhere"], "out must be a folder that can be written, got '/proc/nowhere'"),
         (["model=eit_nano", "data=digit"], "data must be one of"),
+        (["RUN", "filter_layers=bogus", "filter_images=0"], "filter_layers must be stem or blocks.l.mlp with l < 1"),
+        (["FILE", "seed=1"], "seed is the run's own, got '1'; leave it out"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], said: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([f"run={run}" if word == "RUN" else word for word in words]) == 2
+def test_a_mistake_is_one_line(
+    words: list[str], said: str, run: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"RUN": f"run={run}", "FILE": f"checkpoint={run / 'checkpoints' / 'best.ckpt'}"}
+    assert main([named.get(word, word) for word in words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("eit_lab: ")
     assert said in err
@@ -250,11 +302,55 @@ def test_several_runs_are_put_beside_each_other_and_a_damaged_one_stops_none(
     assert (here / "runs" / "analysis" / "arms.svg").read_text().count("plain") >= 1
 
 
+def _copy(run: Path, to: Path, *, arm: str) -> Path:
+    """A run of another arm."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("analysis"))
+    record = json.loads((to / "record.json").read_text())
+    record["config"]["run"]["arm"] = arm
+    (to / "record.json").write_text(json.dumps(record))
+    return to
+
+
+def test_models_that_were_shown_other_images_are_not_compared(
+    run: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _copy(run, here / "a", arm="plain")
+    config = _copy(run, here / "b", arm="shuffled") / "config.yaml"
+    config.write_text(config.read_text().replace("split_seed: 0", "split_seed: 1"))
+    assert main(["a", "b", *QUICK, "out=both"]) == 0
+    assert "no similarity between plain and shuffled: they were shown other images" in capsys.readouterr().out
+    assert json.loads((here / "both" / "arms.json").read_text())["between"] == []
+
+
+@pytest.mark.parametrize(("status", "analysed"), [(130, 1), (1, 2)])
+def test_processes_that_are_interrupted_stop_all_and_those_that_fail_stop_none(
+    status: int, analysed: int, run: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eit_lab import processes
+
+    for name in ("a", "b"):
+        _copy(run, here / name, arm=name)
+    started: list[str] = []
+
+    def run_ranks(module: str, frozen: str, *, count: int, command: list[str]) -> int:
+        started.append(module)
+        return status
+
+    monkeypatch.setattr(processes, "run_ranks", run_ranks)
+    assert main(["a", "b", *QUICK, "trainer.devices=2"]) == status
+    assert len(started) == analysed
+
+
 def test_the_model_page_and_the_page_of_images_are_drawn_later_too(run: Path, tmp_path: Path) -> None:
     words = [f"run={run}", f"out={tmp_path}", "filter_images=0", "field_images=0", "pictures=2", "images=32"]
     assert main([*words, "figures=false"]) == 0
     assert not (tmp_path / "page.png").exists()
+    stale = tmp_path / "figures" / "filters_input.png"  # of an analysis that had them
+    stale.parent.mkdir()
+    stale.write_bytes(b"")
     assert main(words) == 0
+    assert {path.name for path in stale.parent.iterdir()} >= {"hfd_share.png", "hfd_share.svg"}
+    assert not stale.exists()
     assert (tmp_path / "page.png").stat().st_size > 10_000
     assert "HFD share" in (tmp_path / "page.svg").read_text()
     assert "eit_nano" in (tmp_path / "images.html").read_text()
@@ -262,7 +358,7 @@ def test_the_model_page_and_the_page_of_images_are_drawn_later_too(run: Path, tm
 
 @pytest.mark.slow
 def test_two_ranks_find_the_figures_of_one(run: Path, tmp_path: Path, command: Callable[..., Done]) -> None:
-    every = ["filter_images=40", "field_images=36", "pictures=2", "figures=false"]
+    every = ["filter_images=40", "field_images=36", "pictures=2", "figures=false", "untrained_images=16"]
     for ranks in (1, 2, 3):  # of three, one has no image
         done = command("analyze", f"run={run}", f"out={tmp_path / str(ranks)}", f"trainer.devices={ranks}", *every)
         assert done.status == 0, done.err

@@ -232,6 +232,10 @@ def test_the_untrained_reference_is_made_as_the_means_are() -> None:
     found["untrained"] = {"frequency": found["frequency"], "heads": found["heads"]}
     assert untrained_means(read_inside(found, source="x")) == pytest.approx(found["means"])
     assert set(found["means"]) == set(QUANTITIES)
+    frequency = found["frequency"]
+    dc_only = {key: [[0.0] for _ in frequency[key]] for key in ("frequencies", "log_amplitude")}  # of grids of 2x2
+    found["untrained"] = {"frequency": {**frequency, **dc_only}}
+    assert "log_amplitude" not in untrained_means(read_inside(found, source="x"))
 
 
 # ------------------------------------------------------------------------------------------------------------- sentences

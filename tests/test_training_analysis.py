@@ -27,6 +27,7 @@ from eit_lab.plan import Looks, plan
 from eit_lab.runs import DataFacts, identity
 from eit_lab.selftest import compare
 from eit_lab.selftest import main as selftest
+from eit_lab.training.inside import scalars
 
 Command = Callable[..., Done]
 NAMES = [name for figures in ANALYSIS.values() for name in figures]
@@ -138,7 +139,7 @@ def test_every_run_carries_the_figures_of_its_last_epoch(here: Path, capsys: pyt
     record = record_of(folder)
     assert (look["epoch"], look["step"]) == (1, record["steps"]) == (1, 6)
     assert look["data"] == {
-        "name": "synthetic", "part": "val", "images": 1, "img_size": [8, 8], "acc1": look["data"]["acc1"],
+        "name": "synthetic", "part": "val", "images": 1, "img_size": [8, 8], "num_classes": 10, "acc1": look["data"]["acc1"],
     }  # fmt: skip
     assert {key: look[key] for key in ("schema", "model", "arm", "seed", "weights", "layers", "heads_per_layer")} == {
         "schema": 1, "model": "eit_nano", "arm": "eit_nano", "seed": 0, "weights": "raw", "layers": 2, "heads_per_layer": 4,
@@ -232,7 +233,7 @@ def test_a_baseline_without_attention_has_the_figures_of_its_features_and_a_line
     layers = range(len(look["points"]))
     assert logged == {
         f"analysis/{name}{layer}" for name in ANALYSIS["Frequency"] for layer in ("", *(f"/{n:02d}" for n in layers))
-    }
+    } - {"analysis/log_amplitude/03", "analysis/log_amplitude/04"}  # of 2x2 and of 1x1 positions
 
 
 def test_a_model_that_shows_nothing_trains_unseen_and_a_line_says_so(
@@ -258,6 +259,15 @@ def test_every_precision_of_training_can_be_looked_at(precision: str, here: Path
     assert look["means"]["attention_entropy"] == pytest.approx(1, abs=1e-3)
     assert look["means"]["cls_mass"] == pytest.approx(1 / 17, rel=1e-2)
     assert 0.1 < look["means"]["hfd_share"] < 0.9
+
+
+def test_a_grid_without_a_frequency_on_its_diagonal_logs_no_amplitude(here: Path) -> None:
+    assert train(*EVERY, "recipe.epochs=1", "data.img_size=4", "trainer.progress_bar=false", "data.num_samples=64") == 0
+    (look,) = history_of(only_run(here / "runs"))
+    assert look["grid"] == [2, 2]
+    names = {name.split("/")[1] for name in scalars(look)}
+    assert "hfd_share" in names
+    assert "log_amplitude" not in names
 
 
 def test_nothing_is_looked_at_with_0(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -432,11 +432,15 @@ def _between(folders: Sequence[Path]) -> list[dict[str, Any]]:
     from eit_lab.report.inside.saving import first_grams
 
     found = []
-    for (a, (x, points_a)), (b, (y, points_b)) in combinations(first_grams(folders).items(), 2):
-        cka = MinibatchCKA(len(points_a), len(points_b))
-        for one, other in zip(x, y, strict=False):  # groups of the same images, as far as both have them
+    for (a, x), (b, y) in combinations(first_grams(folders).items(), 2):
+        if x.images != y.images:
+            print(f"no similarity between {a} and {b}: they were shown other images")
+            continue
+        cka = MinibatchCKA(len(x.points), len(y.points))
+        for one, other in zip(x.grams, y.grams, strict=False):  # groups of the same images, as far as both have them
             cka.update(torch.from_numpy(one), torch.from_numpy(other))
-        found.append({"a": a, "b": b, "points_a": points_a, "points_b": points_b, "cka": cka.compute().tolist()})
+        matrix = cka.compute().reshape(len(x.points), -1).tolist()
+        found.append({"a": a, "b": b, "points_a": x.points, "points_b": y.points, "cka": matrix})
     return found
 
 

@@ -30,7 +30,7 @@ from eit_lab.analysis.heads import HeadStatistics, uniform_distance
 from eit_lab.analysis.layout import forward, layout_of
 from eit_lab.analysis.means import full_precision
 from eit_lab.analysis.rollout import Rollout, RolloutMap
-from eit_lab.analysis.similarity import SMALLEST_GROUP, MinibatchCKA, gram
+from eit_lab.analysis.similarity import SMALLEST_GROUP, MinibatchCKA, centred, gram
 from eit_lab.config import ImageSize, as_hw
 from eit_lab.models.image_model import ImageModel
 from eit_lab.models.intermediates import AttentionMaps, ConvolutionTaps, Tap
@@ -144,7 +144,8 @@ class Profile(nn.Module):
                 continue
             self.cka.update(stacked)
             if (number + 1) * GROUP <= GRAM_IMAGES and stacked.shape[-1] == GROUP:
-                self._grams[number] = stacked.float().cpu()
+                # Centred in float64: as float32 they would lose what a large mean feature hides.
+                self._grams[number] = centred(stacked).float().cpu()
 
     # ---------------------------------------------------------------------------------------------------------------- results
 
@@ -177,7 +178,7 @@ class Profile(nn.Module):
         }
 
     def grams(self) -> NDArray[np.float32] | None:
-        """(groups, P, GROUP, GROUP) of the first images, over all ranks. All ranks must call."""
+        """Centred Gram matrices (groups, P, GROUP, GROUP) of the first images, over all ranks. All ranks must call."""
         found = [self._grams]
         if dist.is_available() and dist.is_initialized():
             found = [{}] * dist.get_world_size()

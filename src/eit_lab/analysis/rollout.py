@@ -26,7 +26,9 @@ LIMIT = 2**28
 def mean_over_heads(maps: AttentionMaps) -> Tensor:
     """(B, N, N), float32, rows summing to 1; no more than a part of the maps is written out at once."""
     B, H, N, _ = maps.shape
-    mean = torch.zeros(B, N, N, dtype=torch.float32, device=maps.q.device)  # a pass in half precision has another default
+    mean = torch.zeros(
+        B, N, N, dtype=torch.float32, device=maps.q.device
+    )  # a pass in half precision has another default
     with full_precision(mean):
         for images, heads in maps.parts():
             mean[images] += maps.maps(images, heads).sum(dim=1)

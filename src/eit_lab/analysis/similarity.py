@@ -43,7 +43,8 @@ def gram(x: Tensor) -> Tensor:
 def centred(grams: Tensor) -> Tensor:
     """K^ of Gram matrices (..., n, n) with a zero diagonal: the same shape, rows summing to 0, float64.
 
-    The same for features with any constant added. ValueError below 4 images.
+    The same for features with any constant added; exactly 0 where only rounding is left, the features the same for all images.
+    Of its own result it makes the same. ValueError below 4 images.
     """
     n = grams.shape[-1]
     if n < SMALLEST_GROUP:
@@ -52,7 +53,9 @@ def centred(grams: Tensor) -> Tensor:
     m = K.sum(dim=-2) / (n - 2)
     m = m - m.sum(dim=-1, keepdim=True) / (2 * (n - 1))
     K = K - m[..., :, None] - m[..., None, :]
-    return K * (1 - torch.eye(n, dtype=K.dtype, device=K.device))
+    K = K * (1 - torch.eye(n, dtype=K.dtype, device=K.device))
+    largest, before = (x.abs().amax(dim=(-2, -1), keepdim=True) for x in (K, grams.double()))
+    return torch.where(largest <= n * torch.finfo(K.dtype).eps * before, 0, K)
 
 
 def hsic(grams_x: Tensor, grams_y: Tensor) -> Tensor:

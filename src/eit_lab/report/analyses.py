@@ -261,7 +261,11 @@ def _of_frequency(part: Frequency | None, points: Sequence[str]) -> dict[str, fl
     found = {}
     if part.hfd_share is not None and HALF in part.cutoffs:
         found["hfd_share"] = float(part.hfd_share[part.cutoffs.index(HALF), outputs].mean())
-    ends = [float(part.log_amplitude[n][-1]) for n in outputs if len(part.log_amplitude[n]) > 1] if part.log_amplitude else []
+    ends = (
+        [float(part.log_amplitude[n][-1]) for n in outputs if len(part.log_amplitude[n]) > 1]
+        if part.log_amplitude
+        else []
+    )
     if ends:  # a grid of 2x2 has DC only
         found["log_amplitude"] = fmean(ends)
     for key, values in (("hf_dc_ratio", part.hf_dc_ratio), ("feature_variance", part.feature_variance)):

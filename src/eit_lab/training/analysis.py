@@ -61,7 +61,7 @@ class Analysis:
     numbers: dict[str, Any]
     pictures: dict[str, NDArray[Any]] | None
     grams: NDArray[np.float32] | None
-    """(groups, points, n, n) of the first images, in their fixed order."""
+    """(groups, points, n, n), centred, of the first images in their fixed order."""
 
 
 class FixedOrder(ImageData):
@@ -94,7 +94,9 @@ class _Pass(LightningModule):
         counted = batch.index != FILLER
         if counted.any():
             images = self.augment.normalise(batch.images[counted]).to(next(self.model.parameters()).dtype)
-            self.take(images, batch.labels[counted], batch.index[counted], self._first(batch_idx), counted.nonzero()[:, 0])
+            self.take(
+                images, batch.labels[counted], batch.index[counted], self._first(batch_idx), counted.nonzero()[:, 0]
+            )
         elif batch_idx == 0:
             self.take_none(self.augment.normalise(batch.images).to(next(self.model.parameters()).dtype))
 
@@ -175,9 +177,7 @@ def _make_sums(profile: Profile, image: Tensor) -> None:
 class FilterPass(_Pass):
     """Accuracy under every filter."""
 
-    def __init__(
-        self, model: ImageModel, augment: BatchAugment, request: Request, settings: FilterSettings
-    ) -> None:
+    def __init__(self, model: ImageModel, augment: BatchAugment, request: Request, settings: FilterSettings) -> None:
         super().__init__(model, augment, request)
         self.settings = settings
         self.accuracy = FilteredAccuracy(self.settings)
@@ -236,7 +236,9 @@ def analyse(
     data.setup("test")
     num_images = min(request.images or len(data.part(request.part)), len(data.part(request.part)))
     img_hw = as_hw(config.data.img_size)
-    settings = filter_settings(model, img_hw=img_hw, layers=request.filter_layers)  # what is wrong is said before the work
+    settings = filter_settings(
+        model, img_hw=img_hw, layers=request.filter_layers
+    )  # what is wrong is said before the work
     bar = EvaluationBar()
     with evaluation_trainer(config, bar=bar) as trainer:
 
@@ -266,6 +268,7 @@ def analyse(
         "data": {
             "name": config.data.name,
             "part": request.part,
+            "order": [len(data.part(request.part)), config.data.split_seed],
             "images": num_read,
             "img_size": list(inside.profile.img_hw),
             "num_classes": num_classes,
@@ -280,7 +283,8 @@ def analyse(
         batch = data.part(request.part)[[(0, int(index), 0, 0) for index in shown]]
         read = batch.index != FILLER
         if read.any():
-            batch = Batch(*(tensor[read] for tensor in batch[:4]))
+            images, labels, index, draw = (tensor[read] for tensor in batch[:4])
+            batch = Batch(images, labels, index, draw)
             pictures = take_pictures(model, batch, augment, class_names=class_names)
     numbers["seconds"] = round(time.perf_counter() - began, 3)
     return Analysis(numbers, pictures, inside.grams)

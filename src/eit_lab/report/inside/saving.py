@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from eit_lab.report.figure import save_figure, style
 from eit_lab.report.inside.arms import SHOWN, arms_page, arms_panels
 from eit_lab.report.inside.model import model_page, model_panels
 from eit_lab.report.inside.numbers import ArmInside, Between, group, load_inside, read_between
+from eit_lab.report.inside.panels import PANELS
 from eit_lab.report.inside.viewer import read_pictures, write_viewer
 from eit_lab.runs import json_ready, write_text
 
@@ -36,13 +37,16 @@ def save_model(
     analysis.json is written when all numbers are: where it is, the arrays are too. Figures come last (``draw_model``).
     """
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (PAGE, f"{Path(PAGE).stem}.svg", IMAGES, PICTURES, GRAMS):  # of an earlier analysis
+    for stale in (NUMBERS, PAGE, f"{Path(PAGE).stem}.svg", IMAGES, PICTURES, GRAMS):  # of an earlier analysis
         (out / stale).unlink(missing_ok=True)
     if pictures is not None:
         arrays = {**pictures, **{key: np.array(text) for key, text in labels.items()}}
         np.savez_compressed(out / PICTURES, **arrays)  # type: ignore[arg-type]
     if grams is not None:
-        np.savez_compressed(out / GRAMS, grams=grams, points=np.array(numbers["points"], dtype=np.str_))
+        images = json.dumps([numbers["data"][key] for key in ("name", "part", "order")])
+        np.savez_compressed(
+            out / GRAMS, grams=grams, points=np.array(numbers["points"], dtype=np.str_), images=np.array(images)
+        )
     write_text(out / NUMBERS, json.dumps(json_ready(numbers), separators=(",", ":")) + "\n")
     return [*(draw_model(out) if figures else []), out / NUMBERS]
 
@@ -52,8 +56,13 @@ def draw_model(out: Path) -> list[Path]:
     inside = load_inside(out / NUMBERS)
     written = []
     with style():
-        for name, figure in model_panels(inside).items():
+        drawn = model_panels(inside)
+        for name, figure in drawn.items():
             _save(out / "figures", name, figure)
+        for panel in PANELS:  # of an earlier analysis that had more parts
+            if panel.name not in drawn:
+                for suffix in (".png", ".svg"):
+                    (out / "figures" / f"{panel.name}{suffix}").unlink(missing_ok=True)
         if (out / PICTURES).is_file():
             write_viewer(read_pictures(out / PICTURES), out / IMAGES)
             written.append(out / IMAGES)
@@ -61,15 +70,25 @@ def draw_model(out: Path) -> list[Path]:
     return [*page, *written, out / "figures"]
 
 
-def first_grams(folders: Sequence[Path]) -> dict[str, tuple[NDArray[np.float32], list[str]]]:
-    """Gram matrices (groups, P, n, n) and points of the first analysed model of each arm that a figure shows."""
-    found: dict[str, tuple[NDArray[np.float32], list[str]]] = {}
+class Grams(NamedTuple):
+    """What similarity between models is made of."""
+
+    grams: NDArray[np.float32]
+    """(groups, P, n, n), centred."""
+    points: list[str]
+    images: str
+    """Which images in which order; models can only be compared by the same."""
+
+
+def first_grams(folders: Sequence[Path]) -> dict[str, Grams]:
+    """Those of the first analysed model of each arm that a figure shows."""
+    found: dict[str, Grams] = {}
     for folder in folders:
         if (folder / NUMBERS).is_file() and (folder / GRAMS).is_file():
             arm = load_inside(folder / NUMBERS).arm
             if arm not in found and len(found) < SHOWN:
                 with np.load(folder / GRAMS, allow_pickle=False) as file:
-                    found[arm] = file["grams"], file["points"].tolist()
+                    found[arm] = Grams(file["grams"], file["points"].tolist(), str(file["images"]))
     return found
 
 
