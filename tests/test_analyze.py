@@ -285,19 +285,21 @@ def test_several_runs_are_put_beside_each_other_and_a_damaged_one_stops_none(
     shutil.copytree(run, here / "runs" / run.name)
     assert train([*TINY, *words, "model/ib=none", "run.arm=plain"]) == 0
     assert train([*TINY, *words, "seed=1", "run.arm=broken"]) == 0
+    assert train([*TINY, *words, "recipe.lr=0.01"]) == 0  # as many seeds 0 of an arm as there are learning rates
     (broken,) = (path.parent for path in here.glob("runs/*/record.json") if "-s1-" in path.parent.name)
     (broken / "checkpoints" / "best.ckpt").write_bytes(b"nothing")
     capsys.readouterr()
     assert main(["runs", *QUICK]) == 1
     out, err = capsys.readouterr()
-    assert "1 of 3 runs could not be analysed" in err
+    assert "1 of 4 runs could not be analysed" in err
     assert "cannot be read as a file of tensors" in out
     compared = json.loads((here / "runs" / "analysis" / "arms.json").read_text())
-    assert set(compared["arms"]) == {"eit_nano", "plain"}
-    (between,) = compared["between"]
-    cka = np.array(between["cka"])
-    assert cka.shape == (5, 5)
-    assert np.abs(cka).max() <= 1
+    assert set(compared["arms"]) == {"eit_nano", "eit_nano (2)", "plain"}
+    assert len(compared["between"]) == 3
+    for between in compared["between"]:
+        cka = np.array(between["cka"])
+        assert cka.shape == (5, 5)
+        assert np.abs(cka).max() <= 1
     assert (here / "runs" / "analysis" / "arms.png").stat().st_size > 10_000
     assert (here / "runs" / "analysis" / "arms.svg").read_text().count("plain") >= 1
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from eit_lab import command
 
 if TYPE_CHECKING:
+    from eit_lab.report.records import RunEntry
     from eit_lab.trained import Trained, Words
     from eit_lab.training.analysis import Analysis, Request
 
@@ -157,6 +158,7 @@ def _targets(folders: Sequence[Path], words: Words) -> tuple[list[_Target], list
     except ConfigError as error:
         raise ConfigError(f"analyze: {str(error).removeprefix('report: ')}") from None
     targets, left_out = [], []
+    labels = _told_apart(entries)
     for entry in entries:
         if entry.folder is None:
             raise ConfigError(
@@ -167,10 +169,33 @@ def _targets(folders: Sequence[Path], words: Words) -> tuple[list[_Target], list
             continue
         run = _from_here(entry.folder)
         out = Path(words.options["out"]) if "out" in words.options and len(entries) == 1 else run / "analysis"
-        targets.append(_Target(run, entry.arm, entry.seed, out))
+        targets.append(_Target(run, labels[entry], entry.seed, out))
     if not targets:
         raise ConfigError(f"no run in {', '.join(map(str, folders))} has finished; {left_out[0]}")
     return targets, left_out
+
+
+def _told_apart(entries: Sequence[RunEntry]) -> dict[RunEntry, str]:
+    """The arm of each run. Where the runs of an arm have different configurations, they are several: eit_base, eit_base (2)."""
+    from eit_lab.runs import PLACEMENT
+
+    kinds: dict[str, list[str]] = {}
+    labels = {}
+    for entry in entries:
+        config = json.loads(json.dumps(entry.record.get("config") or {}))
+        for key in ("seed", *PLACEMENT):
+            *parents, last = key.split(".")
+            node = config
+            for parent in parents:
+                node = node.get(parent) or {}
+            node.pop(last, None)
+        kind = json.dumps(config, sort_keys=True)
+        known = kinds.setdefault(entry.arm, [])
+        if kind not in known:
+            known.append(kind)
+        number = known.index(kind) + 1
+        labels[entry] = entry.arm if number == 1 else f"{entry.arm} ({number})"
+    return labels
 
 
 def _from_here(folder: Path) -> Path:
@@ -394,6 +419,7 @@ def _several(
         )
     print("\n".join(left_out), end="\n" if left_out else "")
     failed, began, worked = 0, time.monotonic(), 0
+    analysed: dict[Path, str] = {}
     for place, target in enumerate(targets):
         since = time.monotonic()
         try:
@@ -401,6 +427,8 @@ def _several(
         except (ConfigError, command.RunError) as error:
             status, said = command.EXIT_FAILED, str(error).splitlines()[0]
         failed += status != 0
+        if not status:
+            analysed[target.out] = target.arm
         worked += time.monotonic() - since > 1
         left = (time.monotonic() - began) / max(1, worked) * (len(targets) - place - 1)
         if status in (command.EXIT_INTERRUPTED, command.EXIT_PREEMPTED):  # processes that were asked to stop
@@ -410,7 +438,6 @@ def _several(
     out = Path(words.options.get("out") or (folders[0] / "analysis" if len(folders) == 1 else "analysis"))
     from eit_lab.report.inside.saving import save_arms
 
-    analysed = [target.out for target in targets]
     try:
         written = save_arms(out, analysed, _between(analysed))
     except OSError as error:
@@ -422,7 +449,7 @@ def _several(
     return command.EXIT_FAILED if failed else 0
 
 
-def _between(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def _between(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
     """Minibatch CKA between every two arms. Their Gram matrices are of the same images, so none goes through a network again."""
     from itertools import combinations
 

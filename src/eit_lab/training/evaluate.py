@@ -195,7 +195,13 @@ class EvaluationBar(Callback):
         self._done, self._total = 0, int(sum(batches))
         self._began = self._said = time.monotonic()
         if self.console.is_terminal:
-            columns = (TextColumn(self.name or name), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeElapsedColumn())
+            columns = (
+                TextColumn(self.name or name),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("batches"),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
             self._task = self._bar.add_task("", total=self._total)
             self._bar.start()

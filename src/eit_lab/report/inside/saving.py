@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,21 +81,22 @@ class Grams(NamedTuple):
     """Which images in which order; models can only be compared by the same."""
 
 
-def first_grams(folders: Sequence[Path]) -> dict[str, Grams]:
+def first_grams(folders: Mapping[Path, str]) -> dict[str, Grams]:
     """Those of the first analysed model of each arm that a figure shows."""
     found: dict[str, Grams] = {}
-    for folder in folders:
-        if (folder / NUMBERS).is_file() and (folder / GRAMS).is_file():
-            arm = load_inside(folder / NUMBERS).arm
-            if arm not in found and len(found) < SHOWN:
-                with np.load(folder / GRAMS, allow_pickle=False) as file:
-                    found[arm] = Grams(file["grams"], file["points"].tolist(), str(file["images"]))
+    for folder, arm in folders.items():
+        if (folder / GRAMS).is_file() and arm not in found and len(found) < SHOWN:
+            with np.load(folder / GRAMS, allow_pickle=False) as file:
+                found[arm] = Grams(file["grams"], file["points"].tolist(), str(file["images"]))
     return found
 
 
-def save_arms(out: Path, folders: Sequence[Path], found: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write the figures that compare the arms of analysed models; nothing of a single model. ``found``: CKA between arms."""
-    insides = [load_inside(folder / NUMBERS) for folder in folders if (folder / NUMBERS).is_file()]
+def save_arms(out: Path, folders: Mapping[Path, str], found: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write the figures that compare the arms of analysed models; nothing of a single model.
+
+    ``folders``: of the analyses, and the arm of each; ``found``: CKA between arms.
+    """
+    insides = [dataclasses.replace(load_inside(folder / NUMBERS), arm=arm) for folder, arm in folders.items()]
     arms = group(insides)
     if len(insides) < 2:
         return []
