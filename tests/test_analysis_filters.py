@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eit_lab import create_model
 from eit_lab.analysis.filters import FilteredAccuracy, FilterSettings, filter_batch, filter_settings
 from eit_lab.analysis.frequency import band_noise, radius
 from eit_lab.compose import compose_model
@@ -190,11 +192,59 @@ def test_default_layers_are_the_stem_and_the_middle(model: Backbone) -> None:
     assert set(small) < set(large)
 
 
-@pytest.mark.parametrize("layer", ["blocks.2.mlp", "blocks.0.mixer", "block.1"])
-def test_a_layer_that_cannot_be_filtered_is_one_line(model: Backbone, layer: str) -> None:
+@pytest.mark.parametrize(
+    ("layer", "nearest"),
+    [
+        ("blocks.2.mlp", "blocks.1.mlp"),
+        ("blocks.0.mixer", "blocks.0.mlp"),
+        ("block.1", "blocks.1.mlp"),
+        ("stemm", "stem"),
+        ("?", "blocks.1.mlp"),
+    ],
+)
+def test_a_layer_that_cannot_be_filtered_is_one_line(model: Backbone, layer: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as error:
         filter_settings(model, img_hw=(16, 16), layers=("stem", layer))
     assert str(error.value) == (
         "filter_layers must be stem or blocks.l.mlp with l < 2 (after the last block only CLS counts), got "
-        f"{layer!r}; nearest: blocks.1.mlp"
+        f"{layer!r}; nearest: {nearest}"
     )
+
+
+def test_tokens_of_timms_vit_are_filtered_as_those_of_ours_with_the_same_weights(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1.5)
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    ours = create_model("vit_ti16", num_classes=7, img_size=64, checkpoint=tmp_path / "vit.pth").eval()
+    images = torch.randn(12, 3, 64, 64)
+    with torch.no_grad():
+        theirs.head.bias -= theirs(images).mean(dim=0)
+        ours.head.bias.copy_(theirs.head.bias)
+        labels = theirs(images).argmax(dim=1)
+    assert len(labels.unique()) > 2
+    settings = filter_settings(theirs, img_hw=(64, 64), layers=("stem", "blocks.6.mlp"))
+    settings = dataclasses.replace(settings, cutoffs=(0.3, 0.8), centres=(0.5,))
+    found = []
+    for model in (theirs, ours):
+        metric = FilteredAccuracy(settings)
+        filter_batch(model, images, labels, settings=settings, metric=metric, index=torch.arange(12))
+        found.append(metric.result())
+    assert found[0] == found[1]
+    shares = [share for kinds in found[0]["tokens"].values() for kind in kinds.values() for share in kind]
+    assert min(shares) < 1, "a filter changes answers"
+
+
+def test_a_model_without_tokens_has_no_layers_to_filter() -> None:
+    import timm
+
+    resnet = timm.create_model("resnet10t", num_classes=7)
+    assert filter_settings(resnet, img_hw=(64, 64)).layers == ()
+    with pytest.raises(
+        ConfigError, match="filter_layers must be none for a model that hands out no tokens, got 'stem'"
+    ):
+        filter_settings(resnet, img_hw=(64, 64), layers=("stem",))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +276,15 @@ def test_a_mistake_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_help_whose_reader_has_gone_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "eit_lab.analyze", "--help"]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ------------------------------------------------------------------------------------------------------------- several runs
 
 
@@ -322,6 +334,16 @@ def test_models_that_were_shown_other_images_are_not_compared(
     assert main(["a", "b", *QUICK, "out=both"]) == 0
     assert "no similarity between plain and shuffled: they were shown other images" in capsys.readouterr().out
     assert json.loads((here / "both" / "arms.json").read_text())["between"] == []
+    whole = (here / "a" / "analysis" / "grams.npz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"nothing", b""):
+        (here / "a" / "analysis" / "grams.npz").write_bytes(damaged)
+        assert main(["a", "b", *QUICK, "out=both"]) == 2
+        out, err = capsys.readouterr()
+        assert "1/2  plain seed 0  a/analysis: has been analysed (40 images)" in out
+        assert (
+            err
+            == "eit_lab: a/analysis/grams.npz is damaged or of another version; analyse its run anew: overwrite=true\n"
+        )
 
 
 @pytest.mark.parametrize(("status", "analysed"), [(130, 1), (1, 2)])

@@ -433,7 +433,8 @@ def _several(
         left = (time.monotonic() - began) / max(1, worked) * (len(targets) - place - 1)
         if status in (command.EXIT_INTERRUPTED, command.EXIT_PREEMPTED):  # processes that were asked to stop
             return status
-        head = (said or f"ended with status {status}").splitlines()[0] if status else str(target.out)
+        known = said.startswith(f"{target.out}: ")  # has been analysed
+        head = (said or f"ended with status {status}").splitlines()[0] if status or known else str(target.out)
         print(f"{place + 1}/{len(targets)}  {target.arm} seed {target.seed}  {head}  left {duration(left)}", flush=True)
     out = Path(words.options.get("out") or (folders[0] / "analysis" if len(folders) == 1 else "analysis"))
     from eit_lab.report.inside.saving import save_arms

@@ -31,7 +31,10 @@ def run(body: Callable[[list[str]], int], argv: Sequence[str] | None, *, help_te
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if help_text is not None and (not arguments or "--help" in arguments or "-h" in arguments):
-        print(help_text)
+        try:
+            print(help_text, flush=True)
+        except BrokenPipeError:
+            _reader_has_gone()
         return 0
     from eit_lab.config import ConfigError
 
@@ -49,6 +52,11 @@ def run(body: Callable[[list[str]], int], argv: Sequence[str] | None, *, help_te
     except KeyboardInterrupt:
         print("eit_lab: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _reader_has_gone()
         return 0
+
+
+def _reader_has_gone() -> None:
+    """As with ``| head``: what is still to be written goes nowhere, without an error when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,7 +24,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eit_lab.analysis.frequency import band_noise, high_pass, low_pass, radius
+from eit_lab.analysis.layout import count_token_layers, forward
 from eit_lab.config import ConfigError
+from eit_lab.loading import nearest
 from eit_lab.models.backbone import Backbone
 from eit_lab.models.image_model import ImageModel
 from eit_lab.models.intermediates import Tap
@@ -63,13 +65,14 @@ def filter_settings(
 ) -> FilterSettings:
     """Settings for a model and images (H, W) in px. The cutoffs depend on the images alone, so that arms can be compared.
 
-    ``layers``: whose tokens are filtered; None: the stem's and those in the middle of the depth. A model of timm has none.
+    ``layers``: whose tokens are filtered; None: the stem's and those in the middle of the depth. A model that
+    hands out features instead of tokens (timm's ConvNets and pyramids) has none.
     ConfigError for a layer that cannot be filtered.
     """
     cutoffs = FilterSettings.cutoffs
     if min(img_hw) >= _LARGE_PX:
         cutoffs = tuple(sorted((*cutoffs, 0.05, 0.15)))
-    depth = len(model.blocks) if isinstance(model, Backbone) else 0
+    depth = count_token_layers(model)
     possible = ["stem", *(f"blocks.{layer}.mlp" for layer in range(depth - 1))] if depth else []
     if layers is None:
         layers = [possible[0], possible[depth // 2]] if depth > 1 else possible
@@ -78,9 +81,10 @@ def filter_settings(
             allowed = (
                 f"stem or blocks.l.mlp with l < {depth - 1} (after the last block only CLS counts)" if depth else ""
             )
+            fallback = f"; nearest: {possible[-1] if possible else 'none'}"
             raise ConfigError(
-                f"filter_layers must be {allowed or 'empty for a model of timm'}, got {name!r}; nearest: "
-                f"{possible[-1] if possible else 'none'}"
+                f"filter_layers must be {allowed or 'none for a model that hands out no tokens'}, got {name!r}"
+                f"{nearest(name, possible) or fallback}"
             )
     return FilterSettings(cutoffs=cutoffs, layers=tuple(dict.fromkeys(layers)))  # one named twice is filtered once
 
@@ -188,23 +192,44 @@ def filter_batch(
     """
     assert not model.training, "accuracy under filters is one of evaluation: call eval() first"
     tap = _Keep(settings.layers)
-    logits = model(images, tap=tap) if isinstance(model, Backbone) else model(images)
+    logits = forward(model, images, tap=tap) if settings.layers else model(images)
     correct = logits.argmax(dim=-1) == labels
     metric.update(correct)
     conditions = _Conditions(settings, metric, labels, index.tolist(), correct)
     conditions.run(INPUT, images, model)
     for layer in settings.layers:
-        assert isinstance(model, Backbone), "tokens of a layer are filtered in our backbone only"
         x, grid = tap.kept.pop(layer)
-        first = 0 if layer == "stem" else 1 + int(layer.split(".")[1])
         maps = x[:, 1:].transpose(1, 2).unflatten(2, grid)
-        conditions.run(layer, maps, partial(_rest_of_model, model, x[:, :1], grid, first))
+        if isinstance(model, Backbone):
+            first = 0 if layer == "stem" else 1 + int(layer.split(".")[1])
+            conditions.run(layer, maps, partial(_rest_of_model, model, x[:, :1], grid, first))
+        else:  # timm has no door into the middle: the whole pass again, its tokens exchanged on the way
+            conditions.run(layer, maps, partial(_with_tokens, model, images, layer))
 
 
 def _rest_of_model(model: Backbone, cls: Tensor, grid: tuple[int, int], first: int, maps: Tensor) -> Tensor:
     """CLS (B, 1, D) and patch tokens as block ``first`` gets them, as maps (B, D, h, w) -> logits."""
     tokens = torch.cat([cls, maps.flatten(2).transpose(1, 2)], dim=1)
     return model.forward_head(model.forward_blocks(tokens, grid, first=first))
+
+
+def _with_tokens(model: ImageModel, images: Tensor, layer: str, maps: Tensor) -> Tensor:
+    """Images (B, C, H, W) -> logits, the patch tokens after a layer being these maps (B, D, h, w)."""
+    return forward(model, images, tap=_Exchange(layer, maps))
+
+
+class _Exchange(Tap):
+    """Puts other patch tokens in the place of a point's; CLS stays."""
+
+    def __init__(self, name: str, maps: Tensor) -> None:
+        self.name, self.patches = name, maps
+
+    def tokens(self, name: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return (
+            torch.cat([x[:, :1], self.patches.flatten(2).transpose(1, 2).to(x.dtype)], dim=1)
+            if name == self.name
+            else x
+        )
 
 
 @dataclass(frozen=True)

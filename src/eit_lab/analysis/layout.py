@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -71,6 +72,15 @@ def layout_of(model: ImageModel, *, img_hw: tuple[int, int]) -> Layout:
         attn_width=found.attn_width,
         missing=found.reason,
     )
+
+
+def count_token_layers(model: ImageModel) -> int:
+    """Layers whose tokens a tap gets and can change; 0 of a model that hands out features only."""
+    if isinstance(model, Backbone):
+        return len(model.blocks)
+    from eit_lab.models.timm_intermediates import hands_out_tokens
+
+    return len(cast(Any, model).blocks) if hands_out_tokens(model) else 0
 
 
 def forward(model: ImageModel, x: Tensor, *, tap: Tap) -> Tensor:

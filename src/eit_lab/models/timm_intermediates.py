@@ -97,6 +97,11 @@ def supports(model: nn.Module) -> Support:
     return Support(True, True, "")
 
 
+def hands_out_tokens(model: nn.Module) -> bool:
+    """Whether a tap gets the residual stream of a model of timm as tokens, and can change them while the pass goes on."""
+    return _is_plain(model) and _has_cls(model)
+
+
 def timm_layout(model: nn.Module, *, img_hw: tuple[int, int]) -> TimmLayout:
     """The layout of a model of timm for images of (H, W) px."""
     found = supports(model)

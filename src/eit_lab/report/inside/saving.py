@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from eit_lab.config import ConfigError
 from eit_lab.report.figure import save_figure, style
 from eit_lab.report.inside.arms import SHOWN, arms_page, arms_panels
 from eit_lab.report.inside.model import model_page, model_panels
@@ -82,12 +85,17 @@ class Grams(NamedTuple):
 
 
 def first_grams(folders: Mapping[Path, str]) -> dict[str, Grams]:
-    """Those of the first analysed model of each arm that a figure shows."""
+    """Those of the first analysed model of each arm that a figure shows. Raises ConfigError for a file that is damaged."""
     found: dict[str, Grams] = {}
     for folder, arm in folders.items():
         if (folder / GRAMS).is_file() and arm not in found and len(found) < SHOWN:
-            with np.load(folder / GRAMS, allow_pickle=False) as file:
-                found[arm] = Grams(file["grams"], file["points"].tolist(), str(file["images"]))
+            try:
+                with (folder / GRAMS).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                    found[arm] = Grams(file["grams"], file["points"].tolist(), str(file["images"]))
+            except (BadZipFile, EOFError, KeyError, ValueError, zlib.error):
+                raise ConfigError(
+                    f"{folder / GRAMS} is damaged or of another version; analyse its run anew: overwrite=true"
+                ) from None
     return found
 
 
