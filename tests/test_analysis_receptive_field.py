@@ -202,7 +202,24 @@ def test_squares_of_more_share_are_larger_and_no_contribution_is_said() -> None:
     field.update(torch.zeros(2, 4, 4))
     assert field.result() == {
         "images": 2, "map": None, "shares": [0.2, 0.3, 0.5, 0.99], "side_px": [None] * 4, "centre_px": [2, 2],
+        "centre_of": "token",
     }  # fmt: skip
+
+
+def test_the_squares_of_a_convnet_lie_around_what_it_sees() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5).eval()
+    field = EffectiveReceptiveField((96, 96), centre=None)
+    field.update(contribution(model, torch.randn(8, 3, 96, 96)))
+    found = field.compute()
+    peak = divmod(int(field.total.argmax()), 96)
+    away = max(abs(at - float(centre)) for at, centre in zip(peak, found["centre_px"], strict=True))
+    assert away <= float(found["side_px"][2]) / 2, "the brightest pixel lies within the square of half the sum"
+    middle = smallest_square(field.total, centre=(47.5, 47.5))
+    assert float(middle[0]) > 1.5 * float(found["side_px"][0]), "the image's middle is not where the feature looks"
+    assert field.result()["centre_of"] == "map"
 
 
 @pytest.mark.slow

@@ -93,9 +93,12 @@ class EffectiveReceptiveField(Metric):
     images: Tensor
 
     def __init__(
-        self, img_hw: tuple[int, int], *, centre: tuple[float, float], shares: Sequence[float] = SHARES
+        self, img_hw: tuple[int, int], *, centre: tuple[float, float] | None, shares: Sequence[float] = SHARES
     ) -> None:
-        """``img_hw`` (H, W) in px; ``centre`` row and column in px (``centre_px``)."""
+        """``img_hw`` (H, W) in px; ``centre`` row and column in px (``centre_px``), None: the centroid of what is found.
+
+        None is for ConvNets: padded windows with strides, one after another, put a feature far from its share of the image.
+        """
         super().__init__()
         self.centre, self.shares = centre, tuple(shares)
         self.add_state("total", torch.zeros(img_hw, dtype=torch.float64), dist_reduce_fx="sum")
@@ -107,9 +110,13 @@ class EffectiveReceptiveField(Metric):
         self.images = self.images + len(contributions)
 
     def compute(self) -> dict[str, Tensor]:
-        """``map`` (H, W), summing to 1, and ``side_px`` (K,), float64: not numbers where no pixel contributes; ``images`` ()."""
-        side = smallest_square(self.total, self.shares, centre=self.centre)
-        return {"map": self.total / self.total.sum(), "side_px": side, "images": self.images}
+        """``map`` (H, W), summing to 1, ``side_px`` (K,) and ``centre_px`` (2,), float64: not numbers where no pixel contributes;
+        ``images`` ().
+        """
+        centre = self.centre or centroid(self.total)
+        side = smallest_square(self.total, self.shares, centre=centre)
+        at = torch.tensor(centre, dtype=torch.float64, device=side.device)
+        return {"map": self.total / self.total.sum(), "side_px": side, "images": self.images, "centre_px": at}
 
     def result(self) -> dict[str, Any]:
         """The same as plain numbers, the map in at most 64 x 64 cells; None for what is not a number. All ranks must call."""
@@ -121,7 +128,8 @@ class EffectiveReceptiveField(Metric):
             "map": binned(found["map"]).tolist() if some else None,
             "shares": list(self.shares),
             "side_px": side if some else [None] * len(side),
-            "centre_px": list(self.centre),
+            "centre_px": found["centre_px"].tolist() if some or self.centre else None,
+            "centre_of": "token" if self.centre else "map",
         }
 
 
@@ -170,6 +178,16 @@ def _windows(stem: nn.Module, side: int) -> list[tuple[int, int, int]]:
                 (rest, rest, -side % rest // 2)
             ]
     raise AssertionError(f"a stem whose windows are not known: {type(stem).__name__}")
+
+
+def centroid(contributions: Tensor) -> tuple[float, float]:
+    """Row and column in px of a map's centre of mass (H, W); not numbers for a map without any contribution."""
+    share = contributions.double() / contributions.double().sum()
+    row, col = (
+        float((share.sum(dim=1 - axis) * torch.arange(n, dtype=torch.float64, device=share.device)).sum())
+        for axis, n in enumerate(share.shape)
+    )
+    return row, col
 
 
 def smallest_square(contributions: Tensor, shares: Sequence[float] = SHARES, *, centre: tuple[float, float]) -> Tensor:

@@ -200,7 +200,7 @@ class FieldPass(_Pass):
         augment: BatchAugment,
         request: Request,
         img_hw: tuple[int, int],
-        centre: tuple[float, float],
+        centre: tuple[float, float] | None,
     ) -> None:
         super().__init__(model, augment, request)
         self.field = EffectiveReceptiveField(img_hw, centre=centre)
@@ -256,7 +256,8 @@ def analyse(
             numbers |= run(filters, name="filters", count=request.filter_images)
         centre = centre_px(model, img_hw, in_chans=config.data.in_chans) if request.field_images else None
         if centre is not None:
-            field = FieldPass(model, augment, request, img_hw, centre)
+            known = inside.profile.layout.grid is not None  # else features of a ConvNet or a pyramid
+            field = FieldPass(model, augment, request, img_hw, centre if known else None)
             numbers |= run(field, name="receptive field", count=request.field_images)
         where = device_name(trainer.strategy.root_device)
         precision = str(trainer.precision)
