@@ -408,3 +408,39 @@ def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(_close, a, b))
     return a == pytest.approx(b, rel=1e-6, abs=1e-9) if isinstance(a, float) else a == b
+
+
+def test_analyses_are_put_beside_each_other_as_they_are(
+    run: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("data=synthetic", "data.img_size=8", "data.num_samples=160", "trainer.accelerator=cpu")
+    assert main(["model=vit_nano", *data, *QUICK, "out=drawn"]) == 0
+    assert main([f"run={run}", *QUICK, "out=trained"]) == 0
+    before = (here / "trained" / "analysis.json").stat().st_mtime_ns
+    assert main(["trained", "drawn", "out=both"]) == 0
+    assert "trained: an analysis, taken as it is" in capsys.readouterr().out
+    assert (here / "trained" / "analysis.json").stat().st_mtime_ns == before
+    compared = json.loads((here / "both" / "arms.json").read_text())
+    assert set(compared["arms"]) == {"eit_nano", "vit_nano"}
+    assert len(compared["between"]) == 1
+    assert main(["trained", "images=8", *QUICK]) == 0  # one alone: nothing to compare, nothing done
+    assert main([f"run={run}", *QUICK, "images=8", "out=trained"]) == 0
+    assert "trained: replaces the analysis that is there" in capsys.readouterr().out
+
+
+def test_two_seeds_of_an_arm_are_compared_and_the_baseline_comes_first(run: Path, here: Path) -> None:
+    from eit_lab.train import main as train
+
+    words = ("data.num_samples=160", "trainer.progress_bar=false", "recipe.epochs=1", "analysis.every_n_epochs=0")
+    for seed in (0, 1):
+        assert train([*TINY, *words, f"seed={seed}"]) == 0
+    assert train([*TINY, *words, "model=vit_nano", "model.size.embed_dim=16", "model.size.depth=2", "model.size.num_heads=4"]) == 0  # fmt: skip
+    assert main(["runs", *QUICK]) == 0
+    compared = json.loads((here / "runs" / "analysis" / "arms.json").read_text())
+    assert list(compared["arms"]) == ["vit_nano", "eit_nano"]  # as in a report
+    within = compared["between"][-1]
+    assert (within["a"], within["b"]) == ("eit_nano, seed 0", "eit_nano, seed 1")
+    cka = np.array(within["cka"])
+    assert 0 < cka.diagonal().min() < cka.diagonal().max() < 1
+    svg = (here / "runs" / "analysis" / "figures" / "cka_eit_nano-seed-0_eit_nano-seed-1.svg").read_text()
+    assert "eit_nano, seed 1" in svg

@@ -11,14 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eit_lab import command
 
 if TYPE_CHECKING:
-    from eit_lab.report.records import RunEntry
+    from eit_lab.targets import Target
     from eit_lab.trained import Trained, Words
     from eit_lab.training.analysis import Analysis, Request
 
@@ -29,6 +28,7 @@ Look inside networks: what every layer does with frequencies, and every head wit
   python -m eit_lab.analyze FOLDER [FOLDER ...] ...                   runs, sweeps, experiments: each finished run, then the arms
   python -m eit_lab.analyze checkpoint=FILE model=eit_base data=imagenet data.root=PATH ...
   python -m eit_lab.analyze model=timm model.timm_name=NAME data=digits ...                with its weights drawn anew
+  python -m eit_lab.analyze ANALYSIS ANALYSIS ...                     folders of earlier analyses, side by side
 
   run, checkpoint, weights, model    as in python -m eit_lab.evaluate; run=A,B takes several
   data            group of the data set, where there is no run to tell it: digits, fashion_mnist, imagenet, folder, ...
@@ -59,17 +59,6 @@ _OPTIONS: dict[str, Sequence[str] | None] = {
 }  # fmt: skip
 _DEFAULTS = {"untrained_images": 1024, "filter_images": 1024, "field_images": 128, "pictures": 16, "batch_size": 32}
 _GROUP = 32  # eit_lab.analysis.profile.GROUP, which would import torch
-NUMBERS = "analysis.json"
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One model to look into."""
-
-    run: Path | None
-    arm: str
-    seed: int | None
-    out: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,15 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     from eit_lab.processes import die_with_parent, typed_command
+    from eit_lab.targets import file_of, folders_of, targets_of
     from eit_lab.trained import take_apart
 
     words = take_apart(typed_command(argv), command="analyze", options=_OPTIONS, takes_files=True)
     request = _request(words)
-    folders = _folders(words)
+    folders = folders_of(words)
     die_with_parent()
     if not folders:
-        return _one(_file(words), words, request)
-    targets, left_out = _targets(folders, words)
+        return _one(file_of(words), words, request)
+    targets, left_out = targets_of(folders, words)
     if len(targets) == 1 and not left_out:
         return _one(targets[0], words, request)
     return _several(targets, left_out, words, request, folders=folders)
@@ -125,95 +115,11 @@ def _number(options: Any, key: str, *, least: int) -> int:
     return int(text)
 
 
-def _folders(words: Words) -> list[Path]:
-    """The folders of runs that were named."""
-    from eit_lab.config import ConfigError
-
-    named = words.options.get("run", "")
-    several = [named] if Path(named).expanduser().exists() else named.split(",")
-    folders = [Path(name).expanduser() for name in [*(several if named else []), *words.rest]]
-    if folders:
-        _must_not_say(("data", "seed", "model"), words.options)
-    elif "model" not in words.options and "checkpoint" not in words.options:
-        raise ConfigError("analyze needs a run, a sweep or a model: analyze run=FOLDER, or checkpoint=FILE model=NAME")
-    return folders
-
-
-def _must_not_say(keys: Sequence[str], options: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first of some words that a run says itself."""
-    from eit_lab.config import ConfigError
-
-    for key in keys:
-        if key in options:
-            raise ConfigError(f"{key} is the run's own, got {options[key]!r}; leave it out")
-
-
-def _targets(folders: Sequence[Path], words: Words) -> tuple[list[_Target], list[str]]:
-    """Every finished run of the folders; and a line for each that is not."""
-    from eit_lab.config import ConfigError
-    from eit_lab.report.records import read_sources
-
-    try:
-        entries = [entry for source in read_sources(folders) for entry in source.entries]
-    except ConfigError as error:
-        raise ConfigError(f"analyze: {str(error).removeprefix('report: ')}") from None
-    targets, left_out = [], []
-    labels = _told_apart(entries)
-    for entry in entries:
-        if entry.folder is None:
-            raise ConfigError(
-                f"analyze needs the runs themselves, with their checkpoints; {folders[0]} has records only"
-            )
-        if len(entries) > 1 and entry.status != "finished":
-            left_out.append(f"left out: {entry.label}, {entry.status}")
-            continue
-        run = _from_here(entry.folder)
-        out = Path(words.options["out"]) if "out" in words.options and len(entries) == 1 else run / "analysis"
-        targets.append(_Target(run, labels[entry], entry.seed, out))
-    if not targets:
-        raise ConfigError(f"no run in {', '.join(map(str, folders))} has finished; {left_out[0]}")
-    return targets, left_out
-
-
-def _told_apart(entries: Sequence[RunEntry]) -> dict[RunEntry, str]:
-    """The arm of each run. Where the runs of an arm have different configurations, they are several: eit_base, eit_base (2)."""
-    from eit_lab.runs import PLACEMENT
-
-    kinds: dict[str, list[str]] = {}
-    labels = {}
-    for entry in entries:
-        config = json.loads(json.dumps(entry.record.get("config") or {}))
-        for key in ("seed", *PLACEMENT):
-            *parents, last = key.split(".")
-            node = config
-            for parent in parents:
-                node = node.get(parent) or {}
-            node.pop(last, None)
-        kind = json.dumps(config, sort_keys=True)
-        known = kinds.setdefault(entry.arm, [])
-        if kind not in known:
-            known.append(kind)
-        number = known.index(kind) + 1
-        labels[entry] = entry.arm if number == 1 else f"{entry.arm} ({number})"
-    return labels
-
-
-def _from_here(folder: Path) -> Path:
-    """As a user would type it."""
-    whole, here = folder.resolve(), Path.cwd().resolve()
-    return whole.relative_to(here) if whole.is_relative_to(here) else whole
-
-
-def _file(words: Words) -> _Target:
-    options = words.options
-    name = options.get("model.timm_name") or options.get("model") or "model"
-    return _Target(None, name, None, Path(options.get("out", "analysis")))
-
-
 # ----------------------------------------------------------------------------------------------------------------- one model
 
 
-def _trained(target: _Target, words: Words) -> Trained:
+def _trained(target: Target, words: Words) -> Trained:
+    from eit_lab.targets import refuse_words
     from eit_lab.trained import find
 
     options = {key: value for key, value in words.options.items() if key != "run"}
@@ -224,7 +130,7 @@ def _trained(target: _Target, words: Words) -> Trained:
         named = dataclasses.replace(words, rest=(), overrides=(*words.overrides, *seed))
         trained = find(named, command="analyze", data=options.get("data", "imagenet"))
         if trained.run is not None:
-            _must_not_say(("data", "seed"), options)
+            refuse_words(("data", "seed"), options)
         return trained
     return _untrained(options, words.overrides)
 
@@ -243,7 +149,7 @@ def _untrained(options: Any, overrides: Sequence[str]) -> Trained:
     )
 
 
-def _one(target: _Target, words: Words, request: dict[str, Any]) -> int:
+def _one(target: Target, words: Words, request: dict[str, Any]) -> int:
     from eit_lab.runs import is_main_process
 
     status, said = _analyse(target, words, request)
@@ -252,11 +158,14 @@ def _one(target: _Target, words: Words, request: dict[str, Any]) -> int:
     return status
 
 
-def _analyse(target: _Target, words: Words, request: dict[str, Any]) -> tuple[int, str]:
+def _analyse(target: Target, words: Words, request: dict[str, Any]) -> tuple[int, str]:
     """Analyse one model unless that is done already; (exit status, a line)."""
     from eit_lab.processes import count_ranks, run_ranks, started_by_launcher
+    from eit_lab.report.inside import NUMBERS
     from eit_lab.runs import is_main_process
 
+    if target.is_done:
+        return 0, f"{target.out}: an analysis, taken as it is"
     trained = _trained(target, words)
     settings = _settings(trained, request, words)
     if words.options.get("overwrite") != "true" and (done := _done(target, settings)) is not None:
@@ -267,6 +176,8 @@ def _analyse(target: _Target, words: Words, request: dict[str, Any]) -> tuple[in
         return run_ranks("eit_lab.analyze", "", count=count, command=_command(target, words)), ""
     if is_main_process():
         _must_be_writable(target.out)
+        if (target.out / NUMBERS).is_file():
+            print(f"{target.out}: replaces the analysis that is there", flush=True)
     analysis = _run(trained, request)
     if not is_main_process():
         return 0, ""
@@ -276,7 +187,7 @@ def _analyse(target: _Target, words: Words, request: dict[str, Any]) -> tuple[in
     return 0, f"{_summary(numbers)}\nanalysis {written[0]}{more}"
 
 
-def _command(target: _Target, words: Words) -> list[str]:
+def _command(target: Target, words: Words) -> list[str]:
     """What analyses this one model alone."""
     kept = {key: value for key, value in words.options.items() if key not in ("run", "out")}
     run = [] if target.run is None else [f"run={target.run}"]
@@ -286,6 +197,7 @@ def _command(target: _Target, words: Words) -> list[str]:
 def _settings(trained: Trained, request: dict[str, Any], words: Words) -> dict[str, Any]:
     """What the figures depend on: the words, and the files of weights as they are now."""
     from eit_lab.runs import PLACEMENT
+    from eit_lab.version import __version__
 
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in trained.files if path.exists()]
     kept = {key: value for key, value in request.items() if key != "batch_size"}
@@ -298,11 +210,14 @@ def _settings(trained: Trained, request: dict[str, Any], words: Words) -> dict[s
         "files": files,
         "overrides": changed,
         "seed": trained.config.seed,
+        "version": __version__,
     }
 
 
-def _done(target: _Target, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _done(target: Target, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The numbers of an earlier analysis with these settings."""
+    from eit_lab.report.inside import NUMBERS
+
     try:
         numbers: dict[str, Any] = json.loads((target.out / NUMBERS).read_text())
     except (OSError, ValueError):
@@ -332,7 +247,7 @@ def _run(trained: Trained, request: dict[str, Any]) -> Analysis:
     )
 
 
-def _origin(target: _Target, trained: Trained) -> dict[str, Any]:
+def _origin(target: Target, trained: Trained) -> dict[str, Any]:
     """Whose numbers these are."""
     from eit_lab.runs import read_record
 
@@ -345,7 +260,7 @@ def _origin(target: _Target, trained: Trained) -> dict[str, Any]:
     }
 
 
-def _draw_what_is_missing(target: _Target, words: Words) -> None:
+def _draw_what_is_missing(target: Target, words: Words) -> None:
     """Figures that an earlier command left out, or did not come to."""
     from eit_lab.report.inside.saving import PAGE, draw_model
 
@@ -365,7 +280,7 @@ def _must_be_writable(out: Path) -> None:
         raise ConfigError(f"out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from None
 
 
-def _save(target: _Target, numbers: dict[str, Any], analysis: Analysis, *, figures: bool) -> list[Path]:
+def _save(target: Target, numbers: dict[str, Any], analysis: Analysis, *, figures: bool) -> list[Path]:
     from eit_lab.config import ConfigError
     from eit_lab.report.inside.saving import save_model
 
@@ -391,7 +306,11 @@ def _summary(numbers: dict[str, Any]) -> str:
     lines = [
         f"{numbers['model']}, {numbers['weights']} weights, {data['images']:,} images of {data['name']} ({data['part']}){accuracy}"
     ]
-    lines += [f"  {name:<20}{value:.4g}" for name, value in means.items() if value is not None]
+    units = {"attention_distance": f" px (uniform: {(numbers['heads'] or {}).get('uniform_distance', 0):.4g})"}
+    units |= {"hfd_share": " above half of the Nyquist frequency", "head_diversity": " of the uniform distance"}
+    lines += [f"  {name:<20}{value:.4g}{units.get(name, '')}" for name, value in means.items() if value is not None]
+    if numbers["weights"] == "untrained" and numbers["settings"]["filter_images"]:
+        lines.append("  no accuracy under filters: the weights are drawn anew")
     if numbers.get("missing"):
         lines.append(f"  no figures of heads: {numbers['missing']}")
     return "\n".join(lines)
@@ -401,14 +320,14 @@ def _summary(numbers: dict[str, Any]) -> str:
 
 
 def _several(
-    targets: Sequence[_Target],
+    targets: Sequence[Target],
     left_out: Sequence[str],
     words: Words,
     request: dict[str, Any],
     *,
     folders: Sequence[Path],
 ) -> int:
-    """Each run, then the arms beside each other. What cannot be analysed is said, and the others go on."""
+    """Each model, then the arms beside each other. What cannot be analysed is said, and the others go on."""
     from eit_lab.config import ConfigError
     from eit_lab.processes import started_by_launcher
     from eit_lab.units import duration
@@ -451,16 +370,19 @@ def _several(
 
 
 def _between(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
-    """Minibatch CKA between every two arms. Their Gram matrices are of the same images, so none goes through a network again."""
-    from itertools import combinations
+    """Minibatch CKA between every two arms, and between two seeds of each: how alike two trainings of one model are.
+
+    The Gram matrices are of the same images, so none goes through a network again.
+    """
+    from itertools import chain, combinations
 
     import torch
 
     from eit_lab.analysis.similarity import MinibatchCKA
-    from eit_lab.report.inside.saving import first_grams
+    from eit_lab.report.inside.saving import first_grams, seeds_grams
 
     found = []
-    for (a, x), (b, y) in combinations(first_grams(folders).items(), 2):
+    for (a, x), (b, y) in chain(combinations(first_grams(folders).items(), 2), seeds_grams(folders)):
         if x.images != y.images:
             print(f"no similarity between {a} and {b}: they were shown other images")
             continue

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from eit_lab.config import ConfigError
 from eit_lab.report.figure import save_figure, style
+from eit_lab.report.inside import NUMBERS
 from eit_lab.report.inside.arms import SHOWN, arms_page, arms_panels
 from eit_lab.report.inside.model import model_page, model_panels
 from eit_lab.report.inside.numbers import ArmInside, Between, group, load_inside, read_between
@@ -23,7 +24,7 @@ from eit_lab.report.inside.panels import PANELS
 from eit_lab.report.inside.viewer import read_pictures, write_viewer
 from eit_lab.runs import json_ready, write_text
 
-NUMBERS, GRAMS, PICTURES = "analysis.json", "grams.npz", "images.npz"
+GRAMS, PICTURES = "grams.npz", "images.npz"
 PAGE, IMAGES = "page.png", "images.html"
 
 
@@ -86,17 +87,35 @@ class Grams(NamedTuple):
 
 def first_grams(folders: Mapping[Path, str]) -> dict[str, Grams]:
     """Those of the first analysed model of each arm that a figure shows. Raises ConfigError for a file that is damaged."""
-    found: dict[str, Grams] = {}
+    return {arm: _read_grams(some[0]) for arm, some in _with_grams(folders).items()}
+
+
+def seeds_grams(folders: Mapping[Path, str]) -> list[tuple[tuple[str, Grams], tuple[str, Grams]]]:
+    """Those of the first two seeds of each such arm, by the names that a figure gives them."""
+    pairs = []
+    for arm, some in _with_grams(folders).items():
+        if len(some) > 1:
+            a, b = ((f"{arm}, seed {load_inside(one / NUMBERS).seed}", _read_grams(one)) for one in some[:2])
+            pairs.append((a, b))
+    return pairs
+
+
+def _with_grams(folders: Mapping[Path, str]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
     for folder, arm in folders.items():
-        if (folder / GRAMS).is_file() and arm not in found and len(found) < SHOWN:
-            try:
-                with (folder / GRAMS).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                    found[arm] = Grams(file["grams"], file["points"].tolist(), str(file["images"]))
-            except (BadZipFile, EOFError, KeyError, ValueError, zlib.error):
-                raise ConfigError(
-                    f"{folder / GRAMS} is damaged or of another version; analyse its run anew: overwrite=true"
-                ) from None
+        if (folder / GRAMS).is_file() and (arm in found or len(found) < SHOWN):
+            found.setdefault(arm, []).append(folder)
     return found
+
+
+def _read_grams(folder: Path) -> Grams:
+    try:
+        with (folder / GRAMS).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return Grams(file["grams"], file["points"].tolist(), str(file["images"]))
+    except (BadZipFile, EOFError, KeyError, ValueError, zlib.error):
+        raise ConfigError(
+            f"{folder / GRAMS} is damaged or of another version; analyse its run anew: overwrite=true"
+        ) from None
 
 
 def save_arms(out: Path, folders: Mapping[Path, str], found: Sequence[Mapping[str, Any]]) -> list[Path]:
