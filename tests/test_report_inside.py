@@ -129,7 +129,7 @@ def test_records_keep_few_kilobytes_of_an_analysis_and_no_places(tmp_path: Path)
     large = made_inside("eit", 0, layers=12, heads=16, grid=(19, 19), pitch=12.0)
     large |= {
         "checkpoint": "/srv/someone/runs/best.ckpt", "host": "node7", "folder": "/data/x", "command": ["a"],
-        "settings": {"files": [["best.ckpt", 1, 2]], "overrides": ["data.root=/data/y", "data.eval_resize_share=0.9"], "out": "/tmp/z"},
+        "settings": {"files": [["best.ckpt", 1, 2]], "overrides": ["data.root=/data/y", "data.eval_resize_share=0.9"], "out": "elsewhere/z"},
         "data": {**large["data"], "root": "/data/q"},
     }  # fmt: skip
     own = made_inside("eit", 0, layers=12, heads=16, grid=(19, 19), without=("filters", "similarity", "rollout", "receptive_field", "untrained"))  # fmt: skip

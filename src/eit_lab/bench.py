@@ -113,17 +113,10 @@ def _main(argv: list[str]) -> int:
 
 
 def _options(words: Sequence[str]) -> Options:
+    from eit_lab.benchmark.words import read_words
     from eit_lab.config import ConfigError
-    from eit_lab.loading import nearest
 
-    told = dict(_DEFAULTS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in told:
-            raise ConfigError(
-                f"bench data takes {', '.join(_DEFAULTS)} as key=value, got {word!r}{nearest(key, list(told))}"
-            )
-        told[key] = value
+    told = read_words(words, _DEFAULTS, verb="data")
     for key in ("images", "rounds", "batch"):
         if not told[key].isdigit() or int(told[key]) == 0:
             raise ConfigError(f"{key} must be a whole number of 1 or more, got {told[key]!r}")

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from eit_lab.benchmark.words import read_words
 from eit_lab.compose import parse_flags
 from eit_lab.config import ConfigError
-from eit_lab.loading import nearest
 from eit_lab.manifest import read_manifest
 from eit_lab.runs import code_state, versions, write_text
 from eit_lab.sweep.arms import read_sweep
@@ -56,14 +56,7 @@ _PEER = "import torch, lightning, torchvision"
 
 def run(argv: Sequence[str]) -> int:
     """``bench sweep``: measure, print and write the record. Returns 0; raises ConfigError for wrong words."""
-    told = dict(_DEFAULTS)
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if not equals or key not in told:
-            raise ConfigError(
-                f"bench sweep takes {', '.join(told)} as key=value, got {word!r}{nearest(key, list(told))}"
-            )
-        told[key] = value
+    told = read_words(argv, _DEFAULTS, verb="sweep")
     for key in ("jobs", "rounds"):
         if not told[key].isdigit() or int(told[key]) == 0:
             raise ConfigError(f"{key} must be a whole number of 1 or more, got {told[key]!r}")

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from eit_lab.benchmark.words import read_words
 from eit_lab.config import ConfigError
-from eit_lab.loading import nearest
 from eit_lab.runs import code_state, versions, write_text
 
 HELP = """\
@@ -77,14 +77,7 @@ def run(argv: Sequence[str], *, progress: Callable[[], AbstractContextManager[Ca
 
 
 def _options(argv: Sequence[str]) -> _Options:
-    told = dict(_DEFAULTS)
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if not equals or key not in told:
-            raise ConfigError(
-                f"bench analysis takes {', '.join(told)} as key=value, got {word!r}{nearest(key, list(told))}"
-            )
-        told[key] = value
+    told = read_words(argv, _DEFAULTS, verb="analysis")
     for key in ("images", "batch", "rounds"):
         if not told[key].isdecimal() or int(told[key]) == 0:
             raise ConfigError(f"{key} must be a whole number of 1 or more, got {told[key]!r}")

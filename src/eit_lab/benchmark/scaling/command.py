@@ -11,8 +11,8 @@ from typing import Any
 
 from eit_lab.benchmark.scaling.cluster import Cluster, measured_cluster
 from eit_lab.benchmark.scaling.model import BASE_GPUS
+from eit_lab.benchmark.words import read_words
 from eit_lab.config import ConfigError
-from eit_lab.loading import nearest
 
 HELP = """\
 Say what training on many GPUs would take: a model in closed form, a simulation beside it, and what of both this machine can check.
@@ -85,14 +85,7 @@ def run(argv: Sequence[str], *, progress: Progress) -> int:
 
 
 def _options(words: Sequence[str]) -> Options:
-    told = dict(_DEFAULTS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in told:
-            raise ConfigError(
-                f"bench scaling takes {', '.join(_DEFAULTS)} as key=value, got {word!r}{nearest(key, list(told))}"
-            )
-        told[key] = value
+    told = read_words(words, _DEFAULTS, verb="scaling")
     if told["check"] not in ("true", "false"):
         raise ConfigError(f"check must be true or false, got {told['check']!r}")
     if not told["seed"].isdigit():
