@@ -56,6 +56,7 @@ PLACEMENT = (
     "trainer.strategy",
     "trainer.micro_batch_size",
     "trainer.accumulate_grad_batches",
+    "trainer.activation_checkpointing",  # the same gradients to the last bit
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_minutes",
     "trainer.checkpoint_every_n_steps",
@@ -113,7 +114,11 @@ def code_hash() -> str:
     here = Path(__file__).parent
     for room in _RESULT_ROOMS:
         path = here / room
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        files = [*path.rglob("*.py"), *path.rglob("*.c")] if path.is_dir() else [path]
+        for file in sorted(files):
+            if file.suffix == ".c":
+                digest.update(f"{file.relative_to(here)}\n".encode() + file.read_bytes())
+                continue
             tree = ast.parse(file.read_bytes())
             for node in ast.walk(tree):
                 if (

@@ -11,15 +11,18 @@ grid is what the stem makes, of any shape, and the published oddity of a positio
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
 from eit_lab.config import IBConfig, ImageSize, ModelConfig, as_hw
 from eit_lab.models.convolutions import LightweightConv
 from eit_lab.models.image_model import ImageModel
 from eit_lab.models.intermediates import Tap
+from eit_lab.models.linear import Linear
 from eit_lab.models.mixers import SplitMixer
 from eit_lab.models.stem import build_stem, token_grid
 from eit_lab.schedule import LayerSplit
@@ -32,9 +35,9 @@ class Mlp(nn.Sequential):
 
     def __init__(self, dim: int, *, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
 
 class Block(nn.Module):
@@ -48,9 +51,20 @@ class Block(nn.Module):
         self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio))
         self.drop_path = drop_path
+        self.recomputed = False
+        """Whether the backward pass computes the block anew from its input, instead of keeping what it needs of it."""
+        self._draws = drop_path > 0 or ib.weight_dropout > 0
 
     def forward(self, x: Tensor, grid: tuple[int, int], *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """(B, 1 + h w, D) -> (B, 1 + h w, D)."""
+        if (
+            self.recomputed and tap is None and torch.is_grad_enabled()
+        ):  # a tap would be called again in the second pass
+            draws = self.training and self._draws
+            return checkpoint(self._mix, x, grid, use_reentrant=False, preserve_rng_state=draws)
+        return self._mix(x, grid, tap=tap, layer=layer)
+
+    def _mix(self, x: Tensor, grid: tuple[int, int], *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         mixed = self.mixer(self.norm1(x), grid, tap=tap, layer=layer)
         x = x + stochastic_depth(mixed, self.drop_path, "row", self.training)
         x = x if tap is None else tap.tokens(f"blocks.{layer}.mixer", x, grid)
@@ -93,7 +107,7 @@ class Backbone(ImageModel):
             for layer, split in enumerate(config.layer_splits())
         )
         self.norm = Norm(size.embed_dim)
-        self.head = nn.Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
 
     def forward(self, x: Tensor, *, tap: Tap | None = None) -> Tensor:
@@ -111,7 +125,10 @@ class Backbone(ImageModel):
     def forward_blocks(self, x: Tensor, grid: tuple[int, int], *, first: int = 0, tap: Tap | None = None) -> Tensor:
         """Tokens as block ``first`` gets them (B, 1 + h w, D) -> normed tokens after the last block, the same shape."""
         for layer in range(first, len(self.blocks)):
-            x = self.blocks[layer](x, grid, tap=tap, layer=layer)
+            block = self.blocks[layer]
+            # A compiled block was traced without a tap; and without one no number of the layer is given, which blocks of one
+            # shape would be compiled apart for.
+            x = block(x, grid) if tap is None else block.forward(x, grid, tap=tap, layer=layer)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:
@@ -144,8 +161,13 @@ class Backbone(ImageModel):
         """A fresh classifier for ``num_classes`` (0: none, the model then returns CLS features)."""
         self.num_classes = num_classes
         where = self.cls_token.device
-        self.head = nn.Linear(self.embed_dim, num_classes, device=where) if num_classes else nn.Identity()
+        self.head = Linear(self.embed_dim, num_classes, device=where) if num_classes else nn.Identity()
         self.head.apply(_init_layer)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks anew in the backward pass: the same gradients, less memory, a third more work."""
+        for block in self.blocks:
+            cast(Block, block).recomputed = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one axis that take no weight decay all the same."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit_lab.config import IBConfig
+from eit_lab.models.linear import Linear
 
 
 class GridConv(nn.Module):
@@ -80,7 +81,7 @@ class DynamicConv(nn.Module):
         super().__init__()
         self.num_heads, self.kernel_size = num_heads, kernel_size
         self.weight_dropout = weight_dropout
-        self.predict = nn.Linear(dim, num_heads * kernel_size**2, bias=False)
+        self.predict = Linear(dim, num_heads * kernel_size**2, bias=False)
 
     def kernels(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, c) -> their normalised kernels (B, N, H, k k), rows of a kernel one after the other."""
@@ -116,10 +117,10 @@ class LiteBranch(nn.Module):
 
     def __init__(self, conv: LightweightConv | DynamicConv, *, dim: int, glu: bool) -> None:
         super().__init__()
-        self.fc_in = nn.Linear(dim, 2 * dim if glu else dim)
+        self.fc_in = Linear(dim, 2 * dim if glu else dim)
         self.act = nn.GLU() if glu else nn.Identity()
         self.conv = conv
-        self.fc_out = nn.Linear(dim, dim)
+        self.fc_out = Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 1 + h w, c) -> (B, 1 + h w, c)."""

@@ -11,51 +11,40 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit_lab.config import IBConfig
+from eit_lab.models.attention import attention, padded_self_attention, padded_width
 from eit_lab.models.convolutions import build_convolution
 from eit_lab.models.intermediates import AttentionMaps, ConvolutionTaps, Tap
+from eit_lab.models.linear import Linear
+from eit_lab.models.paths import attention_path, head_multiple
 from eit_lab.schedule import LayerSplit
-
-# Up to so many tokens the product written out beats the fused kernel on CPU, forwards and with its backward:
-# benchmarks/records/attention-cpu.md, `python benchmarks/attention.py`.
-_CPU_TOKENS_WRITTEN_OUT = {torch.bfloat16: 512, torch.float32: 80}
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, h, N, d); the one place that chooses how it is computed.
-
-    ``scaled_dot_product_attention``, except on CPU at few tokens, where its kernel (in bfloat16: its backward) is slower
-    than the plain product.
-    """
-    if q.device.type == "cpu" and q.shape[-2] <= _CPU_TOKENS_WRITTEN_OUT.get(q.dtype, 0):
-        return attention_written_out(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def attention_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same product with its (B, h, N, N) matrix in memory."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention on ``dim`` channels, qkv and projection with bias."""
+    """Multi-head self-attention on ``dim`` channels, qkv and projection with bias. How it is computed is chosen in paths.py."""
 
     def __init__(self, dim: int, *, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """(B, N, a) -> (B, N, a)."""
         B, N, a = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, a // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        multiple = head_multiple(x.device, x.dtype, head_dim=a // self.num_heads)
+        if tap is None and multiple > 1:
+            weights = (self.qkv.weight, self.qkv.bias), (self.proj.weight, self.proj.bias)
+            width = padded_width(a // self.num_heads, multiple=multiple)
+            path = attention_path(x.device, x.dtype, num_tokens=N, head_dim=width, native=False)
+            return padded_self_attention(x, *weights, num_heads=self.num_heads, multiple=multiple, path=path)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, a // self.num_heads)
         if tap is not None:
+            q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
             tap.attention(layer, AttentionMaps(q, k))
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, a))
+        return self.proj(attention(qkv).reshape(B, N, a))
 
 
 class SplitMixer(nn.Module):

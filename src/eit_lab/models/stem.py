@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit_lab.config import ConvStem, EITStem, PatchifyStem, StemConfig
+from eit_lab.models.linear import is_plain, linear
 
 
 class Patchify(nn.Module):
@@ -27,7 +28,7 @@ class Patchify(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, ceil(H / pitch), ceil(W / pitch), D)."""
-        return self.proj(_pad_to_multiple(x, self.proj.stride[0])).permute(0, 2, 3, 1)
+        return convolve_image(self.proj, _pad_to_multiple(x, self.proj.stride[0])).permute(0, 2, 3, 1)
 
 
 class EITPatch(nn.Module):
@@ -40,7 +41,7 @@ class EITPatch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, h, w, D); 224 px give 57x57 after the convolution and 19x19 tokens with 16/4/3."""
-        return self.pool(self.conv(x)).permute(0, 2, 3, 1)
+        return self.pool(convolve_image(self.conv, x)).permute(0, 2, 3, 1)
 
 
 class ConvPatch(nn.Module):
@@ -78,6 +79,25 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A strided convolution of few channels in, many out: (B, C, H, W) -> (B, D, h, w), channels last in memory on CPU.
+
+    On CPU in bfloat16 it is one matrix product over copied windows: three channels leave the kernels for convolutions half empty
+    (benchmarks/records/candidates.json, "stem"). The tokens then lie as the blocks want them, and pooling reads whole rows.
+    """
+    if x.device.type != "cpu" or not is_plain(x):
+        return conv(x)
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    if x.dtype != torch.bfloat16:
+        return conv(x.contiguous(memory_format=torch.channels_last))
+    (k_h, k_w), (s_h, s_w), (p_h, p_w) = conv.kernel_size, conv.stride, conv.padding
+    rows = F.pad(x, (p_w, p_w, p_h, p_h)).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+    windows = rows.unfold(1, k_h, s_h).unfold(2, k_w, s_w).permute(0, 1, 2, 4, 5, 3)  # (B, h, w, k, k, C)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    return linear(windows.flatten(3), weight, conv.bias).permute(0, 3, 1, 2)
 
 
 def build_stem(config: StemConfig, *, embed_dim: int, in_chans: int) -> nn.Module:

@@ -1,0 +1,103 @@
+"""``nn.Linear`` whose matrix products go to oneDNN on CPUs where torch's own way to them is slower. Same names, same values.
+
+torch computes a float32 ``F.linear`` with MKL, which uses half of the vector units of AMD's processors; oneDNN uses all of them. In
+bfloat16 both ways end in oneDNN, but torch's adds the bias in a pass of its own. Measured: benchmarks/records/linear-cpu.md,
+``python benchmarks/linear.py``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """x W^T + b on the last axis, as ``nn.Linear`` in all but time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``: (..., i), (o, i), (o) -> (..., o)."""
+    if x.device.type != "cpu" or not is_plain(x):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != weight.dtype or not _takes(x.dtype) or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    out: Tensor = _OneDNN.apply(x, weight, bias)
+    return out
+
+
+class _OneDNN(torch.autograd.Function):
+    """F.linear by oneDNN; its gradients too where torch would compute them with MKL."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., i), (o, i), (o) -> (..., o)."""
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias."""
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # (n, o)
+        dx = dweight = dbias = None
+        if grad.dtype == torch.float32:
+            if needs_x:
+                dx = _product(grad, weight.t(), None)
+            if needs_weight:
+                dweight = _product_of_columns(rows, x.reshape(-1, x.shape[-1]))
+        else:
+            if needs_x:
+                dx = (rows @ weight).view(x.shape)
+            if needs_weight:
+                dweight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if needs_bias:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _product_of_columns(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of (n, p) and (n, q), the wider one handed over as the weight: it is packed at full speed."""
+    return _product(a.t(), b.t(), None) if a.shape[1] <= b.shape[1] else _product(b.t(), a.t(), None).t().contiguous()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Numbers in memory: nothing traces or compiles this call."""
+    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+@cache
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's product is there for a type, and faster than torch's own on this processor."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and _vendor() == "AuthenticAMD" and torch.backends.mkl.is_available()
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -1,0 +1,102 @@
+"""The compiled kernels of attention.c, for the processor of this machine; built at their first use and kept for the next process.
+
+A shared library in the user's folder of caches, under a name that tells source, compiler, flags and processor apart, so that a home
+folder on many kinds of machines holds one for each. Where there is no compiler, or ``EIT_LAB_NATIVE=0`` says so, there are none:
+torch's kernels compute the same function, in more time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch  # its OpenMP must be in the process before ours is asked for: then both are one, with one pool of threads
+
+_SOURCE = Path(__file__).with_name("attention.c")
+# Straight-line code already fills the lanes; looking for more of them takes half the compiler's time and finds nothing.
+_FLAGS = ("-O3", "-fno-tree-slp-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_SECONDS = 120.0  # more than any compiler takes (3.5 s here)
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The kernels, or in one line why there are none here. The first call of a machine compiles for some seconds."""
+    if os.environ.get("EIT_LAB_NATIVE", "1") == "0":
+        return "EIT_LAB_NATIVE=0"
+    if platform.system() != "Linux":
+        return f"not built on {platform.system()}"
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return "no C compiler (cc, gcc, clang)"
+    try:
+        return _declare(ctypes.CDLL(str(_built(compiler))))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{compiler}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+
+
+def _built(compiler: str) -> Path:
+    """The library of this machine; compiled now where it is not there yet. Raises OSError, SubprocessError."""
+    words = [compiler, *_FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True
+    ).stdout
+    key = "\n".join([*words, version, _processor(), _SOURCE.read_text()])
+    name = f"attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    folder = _folder()
+    if not (folder / name).is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / name
+            done = subprocess.run(
+                [*words, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
+            if done.returncode:
+                raise OSError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0])
+            made.rename(folder / name)  # whole or not at all, however many processes do this at once
+    return folder / name
+
+
+def _folder() -> Path:
+    """Where compiled kernels stay: the user's caches, or where those cannot be written a folder of this process."""
+    root = (
+        os.environ.get("EIT_LAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eit_lab"
+    )
+    folder = Path(root).expanduser() / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return _own_folder()
+    return folder if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid() else _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="eit_lab-native-"))
+
+
+def _processor() -> str:
+    """What tells one kind of processor from another: its instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    named = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return "\n".join(dict.fromkeys(named))
+
+
+def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, size, real, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    kernels.eit_attention_forward.argtypes = [pointer] * 3 + [size] * 4 + [real, word, word]
+    kernels.eit_attention_backward.argtypes = [pointer] * 5 + [size] * 4 + [real, word, word]
+    return kernels
+
+
+def threads() -> int:
+    """As many as torch's own operations take."""
+    return torch.get_num_threads()
