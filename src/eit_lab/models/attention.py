@@ -10,11 +10,15 @@ Ours. Chosen in paths.py by measurement.
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eit_lab.models.native.attention import can_run, native_attention
+from eit_lab.models.native.library import library
 from eit_lab.models.paths import attention_path
 
 _FORCED = {
@@ -27,14 +31,22 @@ _FORCED = {
 
 def attention(qkv: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by the path of its device, type and shape: (B, N, 3, h, d) -> (B, N, h, d)."""
-    shape = {"num_tokens": qkv.shape[1], "head_dim": qkv.shape[-1]}
-    path = attention_path(qkv.device, qkv.dtype, **shape)
+    ask = partial(attention_path, qkv.device, qkv.dtype, num_tokens=qkv.shape[1], head_dim=qkv.shape[-1])
+    path = ask()
     if path == "native":
         if can_run(qkv):
             return native_attention(qkv)
-        path = attention_path(qkv.device, qkv.dtype, **shape, native=False)
+        path = ask(native=False)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
     return attend(q, k, v, path=path).transpose(1, 2)
+
+
+def attention_kernel(device: torch.device) -> str:
+    """Whose kernel computes attention on a device, for records and summaries: ours, or torch's and why."""
+    if device.type != "cpu":
+        return "torch"
+    found = library()
+    return f"torch ({found})" if isinstance(found, str) else "native"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, path: str, scale: float | None = None) -> Tensor:

@@ -24,20 +24,11 @@ from eit_lab.models.image_model import ImageModel
 from eit_lab.models.intermediates import Tap
 from eit_lab.models.linear import Linear
 from eit_lab.models.mixers import SplitMixer
+from eit_lab.models.mlp import Mlp
 from eit_lab.models.stem import build_stem, token_grid
 from eit_lab.schedule import LayerSplit
 
 Norm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class Mlp(nn.Sequential):
-    """Linear, GELU, Linear on the last axis."""
-
-    def __init__(self, dim: int, *, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = Linear(hidden_dim, dim)
 
 
 class Block(nn.Module):

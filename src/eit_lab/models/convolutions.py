@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from eit_lab.config import IBConfig
 from eit_lab.models.linear import Linear
+from eit_lab.models.paths import depthwise_path
+from eit_lab.models.triton_conv import grid_conv
 
 
 class GridConv(nn.Module):
@@ -28,11 +30,17 @@ class GridConv(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 1 + h w, c) -> (B, 1 + h w, c)."""
+        if self.path(x) == "triton":
+            return grid_conv(x, self.conv.weight, grid)
         # The tokens are already an image in channels-last order: unflatten and permute are views, and the
         # convolution reads its slice of the channels once.
         image = x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, c, h, w)
         tokens = self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([x[:, :1], tokens], dim=1)
+
+    def path(self, x: Tensor) -> str:
+        """How tokens like these are convolved, of paths.DEPTHWISE."""
+        return depthwise_path(x.device, x.dtype, kernel_size=self.conv.kernel_size[0])
 
     def taps(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Mean of |kernel| over the channels (1, 1, k k), the same for any input."""

@@ -48,7 +48,24 @@ class AttentionMaps:
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
         """Query and key (B, H, N, d), N with CLS first."""
-        self.q, self.k = q, k
+        self._read = lambda: (q, k)
+
+    @classmethod
+    def of_packed(cls, qkv: Tensor) -> AttentionMaps:
+        """Query, key and value as one product makes them, (B, N, 3, H, d); taken apart where a map is asked for."""
+        maps = cls(qkv, qkv)
+        maps._read = lambda: (qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2))
+        return maps
+
+    @property
+    def q(self) -> Tensor:
+        """Queries (B, H, N, d)."""
+        return self._read()[0]
+
+    @property
+    def k(self) -> Tensor:
+        """Keys (B, H, N, d)."""
+        return self._read()[1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

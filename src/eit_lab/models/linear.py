@@ -45,44 +45,46 @@ class _OneDNN(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., i), (o, i), (o) -> (..., o)."""
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias."""
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])  # (n, o)
-        dx = dweight = dbias = None
-        if grad.dtype == torch.float32:
-            if needs_x:
-                dx = _product(grad, weight.t(), None)
-            if needs_weight:
-                dweight = _product_of_columns(rows, x.reshape(-1, x.shape[-1]))
-        else:
-            if needs_x:
-                dx = (rows @ weight).view(x.shape)
-            if needs_weight:
-                dweight = rows.t() @ x.reshape(-1, x.shape[-1])
-        if needs_bias:
-            dbias = rows.sum(0)
-        return dx, dweight, dbias
+        return (
+            input_gradient(grad, weight) if needs_x else None,
+            weight_gradient(grad, x) if needs_weight else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
+        )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X W^T + b without a gradient of its own, on CPU, of one type: (..., i), (o, i), (o) -> (..., o)."""
+    if not _takes(x.dtype):
+        return F.linear(x, weight, bias)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
-def _product_of_columns(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b of (n, p) and (n, q), the wider one handed over as the weight: it is packed at full speed."""
-    return _product(a.t(), b.t(), None) if a.shape[1] <= b.shape[1] else _product(b.t(), a.t(), None).t().contiguous()
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """(..., o), (o, i) -> (..., i)."""
+    return product(grad, weight.t(), None) if grad.dtype == torch.float32 else grad @ weight
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(..., o), (..., i) -> (o, i)."""
+    a, b = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if grad.dtype != torch.float32 or not _takes(torch.float32):
+        return a.t() @ b
+    # The wider one is handed over as the weight: that one is packed at full speed.
+    return product(a.t(), b.t(), None) if a.shape[1] <= b.shape[1] else product(b.t(), a.t(), None).t().contiguous()
 
 
 def is_plain(x: Tensor) -> bool:
     """Numbers in memory: nothing traces or compiles this call."""
-    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
 
 
 @cache

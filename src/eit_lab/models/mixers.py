@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from eit_lab.config import IBConfig
 from eit_lab.models.attention import attention, padded_self_attention, padded_width
-from eit_lab.models.convolutions import build_convolution
+from eit_lab.models.convolutions import GridConv, build_convolution
 from eit_lab.models.intermediates import AttentionMaps, ConvolutionTaps, Tap
 from eit_lab.models.linear import Linear
 from eit_lab.models.paths import attention_path, head_multiple
+from eit_lab.models.triton_conv import grid_conv
 from eit_lab.schedule import LayerSplit
 
 
@@ -42,8 +43,7 @@ class SelfAttention(nn.Module):
             return padded_self_attention(x, *weights, num_heads=self.num_heads, multiple=multiple, path=path)
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, a // self.num_heads)
         if tap is not None:
-            q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
-            tap.attention(layer, AttentionMaps(q, k))
+            tap.attention(layer, AttentionMaps.of_packed(qkv))
         return self.proj(attention(qkv).reshape(B, N, a))
 
 
@@ -59,6 +59,10 @@ class SplitMixer(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int], *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """Mix tokens on their grid: (B, 1 + h w, D) -> (B, 1 + h w, D)."""
         conv_in, attn_in = x.split(list(self.split), dim=-1)
+        if tap is None and self.attn is not None and isinstance(self.conv, GridConv) and self.conv.path(x) == "triton":
+            return grid_conv(
+                conv_in, self.conv.conv.weight, grid, tail=self.attn(attn_in)
+            )  # written beside, not concatenated
         branches = [self.conv(conv_in, grid)] if self.conv is not None else []
         branches += [self.attn(attn_in, tap=tap, layer=layer)] if self.attn is not None else []
         if tap is not None:

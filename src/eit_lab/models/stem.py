@@ -93,6 +93,7 @@ def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype("cpu"))
     if x.dtype != torch.bfloat16:
         return conv(x.contiguous(memory_format=torch.channels_last))
+    assert not isinstance(conv.padding, str)
     (k_h, k_w), (s_h, s_w), (p_h, p_w) = conv.kernel_size, conv.stride, conv.padding
     rows = F.pad(x, (p_w, p_w, p_h, p_h)).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
     windows = rows.unfold(1, k_h, s_h).unfold(2, k_w, s_w).permute(0, 1, 2, 4, 5, 3)  # (B, h, w, k, k, C)

@@ -11,62 +11,21 @@
 
    qkv is (B, N, 3, H, d) and out (B, N, H, d), both contiguous; lse is (B, H, N): log2 of each row's sum of 2^(scores log2 e). */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#if defined(__AVX512F__) || defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define LANES 16
+#if LANES == 16
 #define MOST 3   /* vectors of queries side by side */
-#define KEYS 4   /* keys at a time for the scores */
+#define KEYS 6   /* keys at a time for the scores */
 #define WIDTH 8  /* channels at a time for a product with scores */
-#elif defined(__AVX__)
-#define LANES 8
+#elif LANES == 8
 #define MOST 2
 #define KEYS 3
 #define WIDTH 4
 #else
-#define LANES 4
 #define MOST 3
 #define KEYS 4
 #define WIDTH 6
 #endif
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec same(float x) { return (vec){0} + x; }
-
-INLINE vec larger(vec a, vec b) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX__)
-    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-    ivec first = a > b;
-    return (vec)((first & (ivec)a) | (~first & (ivec)b));
-#endif
-}
-
-/* 2^x for x <= 0 or a little above, within 2 units in the last place; 0 below -126. */
-INLINE vec exp2v(vec x) {
-    const vec magic = same(12582912.0f); /* 1.5 2^23: adding it rounds to a whole number, in the low bits */
-    x = larger(x, same(-126.0f));
-    vec t = x + magic, r = x - (t - magic);
-    vec p = same(1.54035304e-4f);
-    p = p * r + same(1.33335581e-3f);
-    p = p * r + same(9.61812911e-3f);
-    p = p * r + same(5.55041087e-2f);
-    p = p * r + same(2.40226507e-1f);
-    p = p * r + same(6.93147181e-1f);
-    p = p * r + same(1.0f);
-    return (vec)((ivec)p + ((ivec)t << 23));
-}
 
 /* A row of d numbers, of float32 (bf16 = 0) or bfloat16, at element offset `at`. */
 INLINE void load_row(float *to, const void *from, size_t at, int d, int bf16) {
@@ -75,10 +34,7 @@ INLINE void load_row(float *to, const void *from, size_t at, int d, int bf16) {
         return;
     }
     const uint16_t *row = (const uint16_t *)from + at;
-    for (int c = 0; c < d; c++) {
-        uint32_t bits = (uint32_t)row[c] << 16;
-        memcpy(to + c, &bits, 4);
-    }
+    for (int c = 0; c < d; c++) to[c] = from_bf16(row[c]);
 }
 
 INLINE void store_row(void *to, size_t at, const float *from, int d, int bf16) {
@@ -87,11 +43,7 @@ INLINE void store_row(void *to, size_t at, const float *from, int d, int bf16) {
         return;
     }
     uint16_t *row = (uint16_t *)to + at;
-    for (int c = 0; c < d; c++) { /* to nearest, ties to even; not-a-number stays one */
-        uint32_t bits;
-        memcpy(&bits, from + c, 4);
-        row[c] = from[c] != from[c] ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
+    for (int c = 0; c < d; c++) row[c] = to_bf16(from[c]);
 }
 
 /* Rows [first, first + rows) of one of q, k, v (what = 0, 1, 2) of one head, pitch floats apart, times a factor. */
@@ -209,12 +161,15 @@ INLINE void forward_block(int M, const float *k, const float *v, float *work, vo
     load_rows(q, d, qkv, base, step, first, rows, d, factor, bf16);
     across(qt, lanes, q, d, rows, d);
     scores(M, (vec *)s, k, d, (const vec *)qt, N, d);
-    vec most[MOST], sum[MOST];
+    vec most[MOST], sum[MOST]; /* a score that is not finite makes its row's sum not a number, as a softmax does */
     vec *sv = (vec *)s;
     for (int m = 0; m < M; m++) most[m] = sv[m], sum[m] = same(0.0f);
-    for (int j = 1; j < N; j++)
-        for (int m = 0; m < M; m++)
-            most[m] = larger(sv[(size_t)j * M + m], most[m]);
+    for (int j = 0; j < N; j++)
+        for (int m = 0; m < M; m++) {
+            vec x = sv[(size_t)j * M + m];
+            most[m] = larger(x, most[m]);
+            sum[m] += x * same(0.0f);
+        }
     for (int j = 0; j < N; j++)
         for (int m = 0; m < M; m++) {
             vec p = exp2v(sv[(size_t)j * M + m] - most[m]);
@@ -229,7 +184,7 @@ INLINE void forward_block(int M, const float *k, const float *v, float *work, vo
         float share = 1.0f / total[i];
         for (int c = 0; c < d; c++) row[c] = ot[c * lanes + i] * share;
         store_row(out, out_base + (size_t)(first + i) * out_step, row, d, bf16);
-        lse[first + i] = top[i] + __builtin_log2f(total[i]);
+        lse[first + i] = total[i] == total[i] ? top[i] + __builtin_log2f(total[i]) : __builtin_nanf("");
     }
 }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eit_lab.models.native.library import library, threads
+from eit_lab.models.native.library import kernels, library, threads
 
 WIDEST = 64
 """Head widths up to this one; attention.c holds a row of a head in registers."""
@@ -24,8 +23,8 @@ class NativeAttention(torch.autograd.Function):
         B, N, _, h, d = qkv.shape
         qkv = qkv.contiguous()
         out = qkv.new_empty(B, N, h, d)
-        lse = torch.empty(B, h, N)
-        failed = _kernels().eit_attention_forward(
+        lse = qkv.new_empty(B, h, N, dtype=torch.float32)
+        failed = kernels().eit_attention_forward(
             qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), B, N, h, d, d**-0.5, qkv.dtype == torch.bfloat16, threads()
         )
         _check(failed)
@@ -33,13 +32,13 @@ class NativeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Of out -> of qkv."""
         qkv, out, lse = ctx.saved_tensors
         B, N, _, h, d = qkv.shape
         grad, dqkv = grad.contiguous(), torch.empty_like(qkv)
-        failed = _kernels().eit_attention_backward(
+        failed = kernels().eit_attention_backward(
             qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), grad.data_ptr(), dqkv.data_ptr(), B, N, h, d, d**-0.5,
             qkv.dtype == torch.bfloat16, threads(),
         )  # fmt: skip
@@ -62,15 +61,9 @@ def can_run(qkv: Tensor) -> bool:
         and qkv.shape[-1] <= WIDEST
         and qkv.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and not isinstance(library(), str)
     )
-
-
-def _kernels() -> ctypes.CDLL:
-    kernels = library()
-    assert not isinstance(kernels, str), kernels
-    return kernels
 
 
 def _check(failed: int) -> None:

@@ -1,4 +1,4 @@
-"""The compiled kernels of attention.c, for the processor of this machine; built at their first use and kept for the next process.
+"""The compiled kernels (attention.c, gelu.c), for the processor of this machine; built at their first use and kept for the next process.
 
 A shared library in the user's folder of caches, under a name that tells source, compiler, flags and processor apart, so that a home
 folder on many kinds of machines holds one for each. Where there is no compiler, or ``EIT_LAB_NATIVE=0`` says so, there are none:
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch  # its OpenMP must be in the process before ours is asked for: then both are one, with one pool of threads
 
-_SOURCE = Path(__file__).with_name("attention.c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Straight-line code already fills the lanes; looking for more of them takes half the compiler's time and finds nothing.
 _FLAGS = ("-O3", "-fno-tree-slp-vectorize", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120.0  # more than any compiler takes (3.5 s here)
@@ -41,20 +42,31 @@ def library() -> ctypes.CDLL | str:
         return f"{compiler}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
 
 
+def kernels() -> ctypes.CDLL:
+    """The kernels, where ``library`` has found that there are any."""
+    found = library()
+    assert not isinstance(found, str), found
+    return found
+
+
 def _built(compiler: str) -> Path:
     """The library of this machine; compiled now where it is not there yet. Raises OSError, SubprocessError."""
     words = [compiler, *_FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True
     ).stdout
-    key = "\n".join([*words, version, _processor(), _SOURCE.read_text()])
-    name = f"attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    key = "\n".join([*words, version, _processor(), *(path.read_text() for path in [*_HEADERS, *_SOURCES])])
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _folder()
     if not (folder / name).is_file():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / name
             done = subprocess.run(
-                [*words, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False
+                [*words, *map(str, _SOURCES), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
             )
             if done.returncode:
                 raise OSError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0])
@@ -94,6 +106,9 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, real, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     kernels.eit_attention_forward.argtypes = [pointer] * 3 + [size] * 4 + [real, word, word]
     kernels.eit_attention_backward.argtypes = [pointer] * 5 + [size] * 4 + [real, word, word]
+    kernels.eit_gelu.argtypes = [pointer] * 2 + [size, word, word]
+    kernels.eit_gelu_backward.argtypes = [pointer] * 4 + [size, word, word]
+    kernels.eit_gelu.restype = kernels.eit_gelu_backward.restype = None
     return kernels
 
 
