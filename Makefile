@@ -7,7 +7,7 @@ SEEDS  ?= 0,1,2
 RUNS   ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard test test-slow test-gpu lint format bench wheel clean
+.PHONY: help setup demo dashboard test test-slow test-gpu lint format bench bench-speed wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -49,9 +49,17 @@ format: $(READY)  ## put the code in order
 
 bench: $(READY)  ## timings, side by side; records go under benchmarks/records/
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/wandb_faults.py --train
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python -m eit_lab.bench data out=benchmarks/records
+
+bench-speed: $(READY)  ## a step, a forward pass, the start and a profile, on the GPU or the CPU; docs/performance.md anew
+	$(BIN)/python -m eit_lab.bench step out=benchmarks/records
+	$(BIN)/python -m eit_lab.bench model out=benchmarks/records
+	$(BIN)/python -m eit_lab.bench startup out=benchmarks/records
+	$(BIN)/python -m eit_lab.bench profile out=benchmarks/records
+	$(BIN)/python -m eit_lab.bench page
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -211,7 +211,10 @@ def test_a_missing_compiler_leaves_the_row_with_its_reason(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["dota"], "bench must be one of data, scaling, sweep, analysis, got 'dota'; nearest: data"),
+        (
+            ["dota"],
+            "bench must be one of data, scaling, sweep, analysis, step, model, startup, profile, page, got 'dota'; nearest: data",
+        ),
         (["data", "image=5"], "got 'image=5'; nearest: images"),
         (["data", "images=200"], "images must be 4 batches (128 each) or more, and 100, got 200; nearest: 512"),
         (["data", "seconds=0"], "seconds must be a number above 0, got '0'"),

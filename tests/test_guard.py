@@ -255,6 +255,20 @@ def test_hours_measured_without_compiling_are_a_bound_and_no_reason_to_refuse(
 
 
 @pytest.mark.parametrize(
+    ("device", "compile_s", "bound"),
+    [("a device", 0.0, True), ("a device", 1e9, False), ("cpu, 2 threads", 0.0, False)],
+)
+def test_hours_of_auto_are_a_bound_where_the_jobs_will_compile(
+    device: str, compile_s: float, bound: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eit_lab.plan.COMPILE_S", compile_s)
+    probe = Told()
+    monkeypatch.setattr(probe, "speed", lambda config, **asked: {"img_per_s": 100.0, "device": device})
+    arms = look(sweep_of(*TWO), here, probe=probe)
+    assert [arm.at_most for arm in arms] == [bound] * 2
+
+
+@pytest.mark.parametrize(
     ("answer", "goes_on"), [("y\n", True), ("yes\n", True), ("\n", False), ("n\n", False), ("", False)]
 )
 def test_on_a_terminal_it_asks(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import TINY
 from eit_lab.bench import main
 from eit_lab.benchmark.scaling import simulation
 from eit_lab.benchmark.scaling.cluster import Cluster, Group, measured_cluster
@@ -29,6 +30,7 @@ from eit_lab.benchmark.scaling.model import (
     feeding,
     loader_rate,
     passes,
+    question,
     slowest,
     step,
     stop,
@@ -45,6 +47,7 @@ RECORD = ROOT / "benchmarks" / "records" / "scaling.json"
 AGAIN = "python -m eit_lab.bench scaling out=benchmarks/records"
 ALGORITHMS: tuple[Algorithm, ...] = ("ring", "tree", "hierarchical")
 CLUSTER = Cluster(core_images_per_s=1000.0, image_bytes=1e5, first_batch_s=0.2, cores_per_node=24)
+AGREEING = dataclasses.replace(CLUSTER, agreements=2)
 STEADY = dataclasses.replace(CLUSTER, jitter=0.0, image_spread=0.0)
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -121,7 +124,7 @@ def test_an_agreement_goes_twice_around_and_the_next_one_half_hides_behind_it() 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_without_chance_the_simulation_is_the_closed_form_on_one_machine(gpus: int) -> None:
     workload = a_workload()
-    for cluster in (STEADY, dataclasses.replace(STEADY, agreements=0), dataclasses.replace(STEADY, agreements=1)):
+    for cluster in (STEADY, dataclasses.replace(STEADY, agreements=1), dataclasses.replace(STEADY, agreements=2)):
         one = strong_step(workload, cluster, gpus)
         assert one is not None
         assert simulated_s(workload, cluster, gpus, one.images) == pytest.approx(one.seconds, rel=1e-9)
@@ -130,19 +133,21 @@ def test_without_chance_the_simulation_is_the_closed_form_on_one_machine(gpus: i
 def test_with_chance_and_many_machines_they_differ_by_percents() -> None:
     workload = a_workload()
     for gpus in (16, 64, 256):
-        one = strong_step(workload, CLUSTER, gpus)
-        assert one is not None
-        assert simulated_s(workload, CLUSTER, gpus, one.images) == pytest.approx(one.seconds, rel=0.04)
+        for cluster in (CLUSTER, AGREEING):
+            one = strong_step(workload, cluster, gpus)
+            assert one is not None
+            assert simulated_s(workload, cluster, gpus, one.images) == pytest.approx(one.seconds, rel=0.04)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
-def test_events_one_at_a_time_give_the_same_times(gpus: int) -> None:
+@pytest.mark.parametrize("cluster", [CLUSTER, AGREEING], ids=["alone", "agreeing"])
+def test_events_one_at_a_time_give_the_same_times(gpus: int, cluster: Cluster) -> None:
     workload, images = a_workload(), 4
-    total = simulation.warm_up(CLUSTER) + 6
-    draws = simulation.draw(CLUSTER, gpus=gpus, images=images, steps=total, seed=3)
-    machine = Machine(workload, CLUSTER, draws, gpus=gpus, images=images)
+    total = simulation.warm_up(cluster) + 6
+    draws = simulation.draw(cluster, gpus=gpus, images=images, steps=total, seed=3)
+    machine = Machine(workload, cluster, draws, gpus=gpus, images=images)
     ends = np.array(machine.run())
-    arrays = simulation.simulate(workload, CLUSTER, gpus=gpus, images=images, steps=6, seed=3, algorithm="ring").ends
+    arrays = simulation.simulate(workload, cluster, gpus=gpus, images=images, steps=6, seed=3, algorithm="ring").ends
     assert np.allclose(ends, arrays, rtol=1e-12, atol=0)
     assert (np.diff(ends, axis=0) > 0).all()
     # Every byte that the formula says was sent, by every rank.
@@ -173,7 +178,7 @@ def test_a_network_without_bounds_leaves_the_compute_and_no_compute_leaves_the_n
     assert one.exposed == one.agreements == one.stragglers == 0
     assert one.seconds == pytest.approx(alone.compute + alone.optimizer + free.host_step_s)
     assert simulated_s(workload, free, 64, 8) == pytest.approx(one.seconds)
-    idle = dataclasses.replace(STEADY, mfu=1e9, op_s=0.0, agreements=0, core_images_per_s=1e12)
+    idle = dataclasses.replace(STEADY, mfu=1e9, op_s=0.0, core_images_per_s=1e12)
     one = step(workload, idle, gpus=8, images=8)
     assert one.exposed == pytest.approx(one.reduce, rel=1e-6)
     assert one.seconds == pytest.approx(one.reduce + one.update, rel=1e-6)
@@ -181,7 +186,7 @@ def test_a_network_without_bounds_leaves_the_compute_and_no_compute_leaves_the_n
 
 
 def test_a_bucket_that_is_ready_early_hides_and_the_last_one_does_not() -> None:
-    cluster = dataclasses.replace(STEADY, agreements=0)
+    cluster = STEADY
     late = a_workload(buckets=(Bucket(36_000_000, 1.0),))
     early = a_workload(buckets=(Bucket(36_000_000, 0.0),))
     one, other = (step(workload, cluster, gpus=8, images=64) for workload in (late, early))
@@ -195,13 +200,13 @@ def test_worse_machines_are_slower_and_better_ones_faster() -> None:
     workload = a_workload()
 
     def seconds(**changes: float) -> float:
-        return step(workload, dataclasses.replace(CLUSTER, **changes), gpus=64, images=8).seconds  # type: ignore[arg-type]
+        return step(workload, dataclasses.replace(AGREEING, **changes), gpus=64, images=8).seconds  # type: ignore[arg-type]
 
     now = seconds()
     for worse in ({"jitter": 0.1}, {"nic_bps": 1e9}, {"tcp_s": 1e-4}, {"op_s": 1e-5}, {"host_step_s": 2e-3}):
         assert seconds(**worse) > now
     assert seconds(agreements=0) < seconds(agreements=1) < seconds(agreements=2) == now
-    steps = [weak_step(workload, CLUSTER, num) for num in GPUS]
+    steps = [weak_step(workload, AGREEING, num) for num in GPUS]
     for part in ("stragglers", "agreements", "reduce"):
         values = [getattr(one, part) for one in steps]
         assert values == sorted(values)
@@ -411,32 +416,50 @@ def test_real_processes_have_the_counted_buckets_and_send_the_bytes_of_a_ring() 
         # Two pieces of 8 bytes go twice around, three TCP segments for each hop: nobody takes a short cut.
         messages = sum(rank["agreement_messages"] for rank in ranks)
         assert messages == pytest.approx(3 * 2 * 2 * (processes - 1), abs=2)
+        assert sum(rank["question_messages"] for rank in ranks) == pytest.approx(3 * 3 * 2 * (processes - 1), abs=2)
+        assert all(rank["asked_without_waiting"] for rank in ranks)
 
 
-@pytest.mark.slow
-def test_a_step_asks_the_other_hosts_as_often_as_the_model_says(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_is_back_before_anybody_looks_and_the_loop_asks_as_the_model_says() -> None:
+    from eit_lab.training.ranks import Watch
+
+    assert (CLUSTER.question_s, CLUSTER.question_steps) == (Watch.SPAN_S, Watch.MOST_CALLS)
+    workload = a_workload()
+    one = step(workload, CLUSTER, gpus=64, images=8)
+    steps = min(16, -(-0.1 // one.seconds))
+    assert question(workload, CLUSTER, one) == pytest.approx(agreement(Group(64, 8), CLUSTER) / (steps * one.seconds))
+    record = json.loads(RECORD.read_text())
+    assert max(row["question"] for row in record["rows"]) < 1
+
+
+def test_no_step_of_training_waits_for_another_host(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eit_lab.train import main as train
     from eit_lab.training.ranks import Ranks
 
-    asked = {"mean": 0, "largest": 0}
+    asked = dict.fromkeys(
+        ("largest", "from_main", "gather", "must_agree", "copy_from_main", "ask_largest", "ask_all"), 0
+    )
 
-    def counted(name: str):
+    def counted(name: str) -> None:
         original = getattr(Ranks, name)
 
-        def ask(*args: object):
+        def ask(self: Ranks, *args: object) -> object:
             asked[name] += 1
-            return original(*args)
+            return original(self, *args)
 
-        return ask
+        monkeypatch.setattr(Ranks, name, ask)
 
     for name in asked:
-        monkeypatch.setattr(Ranks, name, counted(name))
-    words = ["data=digits", "model=eit_nano", "recipe=small", "logger=none", "trainer.accelerator=cpu"]
-    assert train([*words, "trainer.max_steps=4"]) == 0
-    few = dict(asked)
-    assert train([*words, "trainer.max_steps=9"]) == 0
-    more = {name: asked[name] - 2 * few[name] for name in asked}  # twice: the first run is in there too
-    assert sum(more.values()) == 5 * CLUSTER.agreements  # in the five steps that the second run has more, of one epoch
+        counted(name)
+    found = []
+    for steps in (4, 9):  # of one epoch both; the last one is logged
+        assert train([*TINY, "data.num_samples=256", f"trainer.max_steps={steps}"]) == 0
+        found.append(dict(asked))
+        asked.update(dict.fromkeys(asked, 0))
+    assert found[0] == found[1], "what is asked at the start, of the logged step, in the validation and at the end"
+    assert sum(found[0].values()) > 5
+    assert found[0]["ask_all"] == 1
+    assert CLUSTER.agreements == 0
 
 
 @pytest.mark.slow

@@ -41,8 +41,14 @@ Exit status 0 whether the goals are met or not; 2 for wrong input.
   python -m eit_lab.bench scaling --help     what training on many GPUs would take: a model, and a simulation beside it
   python -m eit_lab.bench sweep --help       what the sweep engine costs: ten thousand jobs that do nothing
   python -m eit_lab.bench analysis --help    what looking inside a network costs, in time and memory
+  python -m eit_lab.bench step --help        a training step beside the literal implementation and other models
+  python -m eit_lab.bench model --help       the same of a forward pass
+  python -m eit_lab.bench startup --help     from the command to the first training step
+  python -m eit_lab.bench profile --help     where a training step's time goes, and its roofline
+  python -m eit_lab.bench page --help        draw the tables of docs/performance.md from the records
 """
-_VERBS = ("data", "scaling", "sweep", "analysis")
+_VERBS = ("data", "scaling", "sweep", "analysis", "step", "model", "startup", "profile", "page")
+_SPEED = ("step", "model", "startup")
 _DEFAULTS = {
     "images": "2000", "photos": "", "out": "bench-data", "rounds": "5", "seconds": "4", "batch": "128", "cache": "", "fresh": "false",
 }  # fmt: skip
@@ -80,6 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from eit_lab.benchmark import inside
 
         return command.run(_main, arguments, help_text=inside.HELP)
+    if arguments and arguments[0] in _SPEED:
+        from eit_lab.benchmark.speed.command import HELP as SPEED_HELP
+
+        return command.run(_main, arguments, help_text=SPEED_HELP[arguments[0]])
+    if arguments[:1] == ["profile"]:
+        from eit_lab.benchmark.roofline.command import HELP as PROFILE_HELP
+
+        return command.run(_main, arguments, help_text=PROFILE_HELP)
+    if arguments[:1] == ["page"]:
+        from eit_lab.benchmark import page
+
+        return command.run(_main, arguments, help_text=page.HELP)
     return command.run(_main, arguments, help_text=_HELP)
 
 
@@ -101,6 +119,18 @@ def _main(argv: list[str]) -> int:
         from eit_lab.benchmark import inside
 
         return inside.run(argv[1:], progress=_progress)
+    if argv[0] in _SPEED:
+        from eit_lab.benchmark.speed import command as speed
+
+        return speed.run(argv[1:], verb=argv[0], progress=_progress)
+    if argv[0] == "profile":
+        from eit_lab.benchmark.roofline import command as profile
+
+        return profile.run(argv[1:], progress=_progress)
+    if argv[0] == "page":
+        from eit_lab.benchmark import page
+
+        return page.run(argv[1:])
     options = _options(argv[1:])
     from eit_lab.benchmark.results import summarise
 

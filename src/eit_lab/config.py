@@ -362,6 +362,10 @@ class RecipeConfig:
         return self.mixup_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
 
+CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
 class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = _opt("auto", "Lightning's accelerator")
@@ -373,7 +377,17 @@ class TrainerConfig:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = _opt(
         "auto", "auto: bf16-mixed where the accelerator has it, 32-true on CPU"
     )
-    compile: Flag = _opt(False, "torch.compile the backbone")
+    compile: Flag | Literal["auto"] = _opt(
+        "auto", "torch.compile the model; auto: on a GPU, where the planned steps pay for compiling; never on CPU"
+    )
+    compile_mode: CompileMode = _opt(
+        "default",
+        "torch's modes: reduce-overhead has CUDA graphs; max-autotune tries kernels out, with CUDA graphs or without",
+    )
+    activation_checkpointing: Literal["off", "blocks"] = _opt(
+        "off",
+        "blocks: compute each block anew in the backward pass; the same gradients, less memory, a third more work",
+    )
     micro_batch_size: PosInt | None = _opt(
         None, "most images of one device at once; accumulation follows from it. null: no accumulation"
     )
@@ -405,6 +419,15 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.devices, int) and self.devices != -1 and self.devices < 1:
             raise ValueError(f"trainer.devices must be 1 or more, or -1 for all, got {self.devices}; nearest: 1")
+        if self.compile_mode != "default" and self.compile is False:
+            raise ValueError(
+                f"trainer.compile_mode must be default with trainer.compile=false, got '{self.compile_mode}'; nearest: default"
+            )
+        if self.compile_mode in CUDA_GRAPH_MODES and self.strategy == "fsdp":
+            raise ValueError(
+                f"trainer.compile_mode must be one without CUDA graphs with trainer.strategy=fsdp, got '{self.compile_mode}'; "
+                "nearest: max-autotune-no-cudagraphs"
+            )
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)

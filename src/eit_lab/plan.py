@@ -14,6 +14,15 @@ _ANALYSIS_SHARE = 0.01
 # Forward passes that an image costs, in training and in an analysis (benchmarks/records/analysis.md).
 _TRAINED, _ANALYSED = 3.0, 1.6
 
+# What trainer.compile=auto reckons with on a GPU. ASSUMED, until `python -m eit_lab.bench step` and `bench startup` have put them on
+# record there: compiling takes so long with an empty cache; a compiled step saves so much of each MAC of a forward pass (a quarter of
+# what an eager one takes: 1,608 images/s of 4.6 GMACs on one H100, nvSubquadratic's benchmark page, beside 8,003 compiled), and of
+# each micro-batch at least what its launches cost.
+COMPILE_S = 180.0
+_SAVED_S_PER_MAC = 3e-14
+_SAVED_S_PER_BATCH = 2e-3
+_PAYS = 2.0  # compiling must save so many times what it takes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
@@ -55,6 +64,18 @@ class Plan:
     def epochs(self) -> int:
         """Epochs begun."""
         return math.ceil(self.total_steps / max(1, self.steps_per_epoch))
+
+    def compile_saves(self, macs: int) -> float:
+        """Seconds of each GPU that torch.compile would save in the whole run, of a model of ``macs`` an image.
+
+        Of the whole run, also where a part of it is left: a run that is resumed must decide as it did before.
+        """
+        by_images = self.images(self.total_steps) / self.world_size * macs * _SAVED_S_PER_MAC
+        return max(by_images, self.total_steps * self.accumulate * _SAVED_S_PER_BATCH)
+
+    def compile_pays(self, macs: int) -> bool:
+        """Whether that is clearly more than compiling takes."""
+        return self.compile_saves(macs) >= _PAYS * COMPILE_S
 
 
 def plan(config: Config, facts: DataFacts, *, world_size: int = 1) -> Plan:

@@ -212,6 +212,8 @@ def build_sections(*, metric: str = DEFAULT_METRIC, factors: Sequence[str] = ())
                 Bars(title="energy by arm (Wh)", metric="energy_wh"),
                 Lines(title="training images per second", y=("perf/img_per_s",)),
                 Lines(title="share of the device's peak", y=("perf/mfu",)),
+                Lines(title="share of the training time waiting for the loader", y=("perf/data_wait_share",)),
+                Lines(title="most memory so far (GB)", y=("perf/memory_gb",)),
                 Lines(title="energy so far (Wh)", y=("perf/energy_wh",), x="perf/hours"),
             ),
         ),

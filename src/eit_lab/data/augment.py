@@ -38,7 +38,7 @@ class Boxes(NamedTuple):
 
     def mask(self, hw: tuple[int, int], device: torch.device) -> Tensor:
         """(B, 1, h, w) bool: what is inside."""
-        edges = torch.from_numpy(np.stack(self)).to(device, non_blocking=True)[:, :, None]
+        edges = _on(device, np.stack(self))[:, :, None]
         y, x = (torch.arange(size, device=device) for size in hw)
         rows, cols = (y >= edges[0]) & (y < edges[1]), (x >= edges[2]) & (x < edges[3])
         return (rows[:, :, None] & cols[:, None, :])[:, None]
@@ -126,9 +126,10 @@ class BatchAugment:
         if not len(chosen):
             return images
         keys = hashed(index[chosen], seed=self.seed, epoch=epoch[chosen], copy=copy[chosen], stream=_NOISE_STREAM)
-        noise = _normal(torch.from_numpy(keys.view(np.int32).reshape(-1, 2)).to(images.device), images[0].numel())
+        # NOTE: a copy that blocks would wait for all that the device still has to do.
+        noise = _normal(_on(images.device, keys.view(np.int32).reshape(-1, 2)), images[0].numel())
         mask = Boxes(*(edge[chosen] for edge in boxes)).mask(hw, images.device)
-        where = torch.from_numpy(chosen).to(images.device)
+        where = _on(images.device, chosen)
         images[where] = torch.where(mask, noise.view(-1, *images.shape[1:]), images[where])
         return images
 
@@ -179,7 +180,11 @@ def _cut(
 
 
 def _column(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(device, non_blocking=True)[:, None]
+    return _on(device, values.astype(np.float32))[:, None]
+
+
+def _on(device: torch.device, values: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _swapped(values: Tensor) -> Tensor:

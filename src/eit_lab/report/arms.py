@@ -359,6 +359,8 @@ def _facts(entry: RunEntry, varied: Sequence[str]) -> dict[str, str]:
         facts["data"] = (record.get("data") or {}).get("fingerprint")
     if not covers(varied, "trainer.precision"):
         facts["precision"] = placement.get("precision")
+    if not covers(varied, "trainer.compile"):
+        facts["compiled"] = (placement.get("compile") or {}).get("on")
     return {key: str(value) for key, value in facts.items() if value is not None}
 
 

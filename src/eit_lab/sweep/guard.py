@@ -129,8 +129,7 @@ class _Look:
         for arm, places in zip(arms, self.sweep.arms().values(), strict=True):
             if arm.waiting:
                 arm.img_per_s, arm.source = self._speed(places)
-                compiled = self.sweep.points[places[0]].config.trainer.compile
-                arm.at_most = compiled and arm.source.startswith(_MEASURED)
+                arm.at_most = arm.source.startswith(_MEASURED) and self._compiles(arm, places[0])
                 arm.source += ", not compiled" if arm.at_most else ""
                 images = sum(self._images(place) for place in places if self.identities[place] not in self.finished)
                 arm.device_hours = images / arm.img_per_s / 3600 if arm.img_per_s else None
@@ -154,6 +153,14 @@ class _Look:
             macs=cost.get("macs"),
             disk_bytes=None if params is None else len(places) * disk_bytes(config, facts, params=params),
         )
+
+    def _compiles(self, arm: ArmCost, place: int) -> bool:
+        """Whether the jobs will train with torch.compile, on such a device as was measured."""
+        config = self.sweep.points[place].config
+        if config.trainer.compile != "auto":
+            return config.trainer.compile
+        on_cpu = arm.source.startswith(f"{_MEASURED}cpu")
+        return not on_cpu and arm.macs is not None and plan(config, self.facts[place]).compile_pays(arm.macs)
 
     def _images(self, place: int) -> int:
         counts = plan(self.sweep.points[place].config, self.facts[place])
@@ -215,7 +222,7 @@ class _Look:
         what = [
             dump(config.model), facts.num_classes, dump(config.data)["img_size"], config.data.in_chans, recipe.batch_size,
             recipe.mixes, recipe.random_erasing_prob, recipe.ema_decay is None, trainer.precision, trainer.accelerator,
-            trainer.micro_batch_size, trainer.accumulate_grad_batches, str(trainer.devices), trainer.num_nodes,
+            trainer.micro_batch_size, trainer.accumulate_grad_batches, str(trainer.devices), trainer.num_nodes, trainer.activation_checkpointing,
             socket.gethostname(), visible_gpus(), self.threads or count_cores(), code_hash(),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

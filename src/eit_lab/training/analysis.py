@@ -28,6 +28,7 @@ from eit_lab.data.augment import BatchAugment
 from eit_lab.data.batch import FILLER, Batch
 from eit_lab.data.module import ImageData, Part
 from eit_lab.data.order import fixed_order
+from eit_lab.memory import keep_memory
 from eit_lab.models.build import build_model
 from eit_lab.models.checkpoints import Weights, load_weights
 from eit_lab.models.image_model import ImageModel
@@ -225,6 +226,7 @@ def analyse(
 ) -> Analysis:
     """Analyse the mean of checkpoint files; without files, the model with its weights drawn anew. All ranks must call."""
     quiet_lightning()
+    keep_memory()
     began = time.perf_counter()
     model = _build(config, num_classes=num_classes)
     untrained = None

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: the clock, the numbers of each step, the record, the samples, the progress bar."""
+"""What is watched while a run trains: the clock, the record, the samples, the progress bar. Rows of metrics: pace.py."""
 
 from __future__ import annotations
 
@@ -23,20 +23,6 @@ from eit_lab.units import duration
 
 _TIMES = ("seconds", "steps", "training_seconds", "device_hours", "restarts")  # of the clock, in a checkpoint
 _WARMUP_STEPS = 3  # not timed: allocation, first touches, compilation
-
-# Dense peak of half precision with float32 accumulation, in 1e12 floating-point operations per second, from the makers' data
-# sheets; the first name that the device's own contains.
-_PEAK_TFLOPS = (
-    ("B200", 2250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0),
-    ("A40", 149.7), ("A10", 125.0), ("L4", 121.0), ("V100", 125.0), ("T4", 65.0), ("RTX 4090", 165.2), ("RTX 3090", 71.0),
-)  # fmt: skip
-
-
-def peak_flops(device_name: str, given_tflops: float | None) -> float | None:
-    """Peak floating-point operations per second of one device; None where nobody said and the name is not known."""
-    if given_tflops is not None:
-        return given_tflops * 1e12
-    return next((1e12 * tflops for name, tflops in _PEAK_TFLOPS if name in device_name), None)
 
 
 def progress_of(trainer: Trainer, plan: Plan) -> dict[str, int]:
@@ -68,6 +54,11 @@ class Clock(Callback):
         """Hours of training so far, over all parts of the run, validation and checkpoints left out."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return (self.training_seconds + running) / 3600
+
+    @property
+    def is_running(self) -> bool:
+        """Whether what passes now is training, and no validation or whatever lies between two epochs."""
+        return self._since is not None
 
     @property
     def img_per_s(self) -> float | None:
@@ -162,45 +153,6 @@ class Clock(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch without a validation ends here."""
         self._count_training(go_on=False)
-
-
-class StepLog(Callback):
-    """The numbers of every n-th optimizer step, to every logger."""
-
-    def __init__(self, plan: Plan, clock: Clock, *, every: int, flops_per_image: float, peak: float | None) -> None:
-        self.plan, self.clock, self.every = plan, clock, every
-        self.flops_per_image, self.peak = flops_per_image, peak
-        """Of training one image; of all devices together."""
-        self._step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where the run is."""
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Log the step that has just ended."""
-        step = trainer.global_step
-        if step == self._step:
-            return
-        self._step = step
-        assert isinstance(pl_module, Classifier)
-        facts = pl_module.last_step
-        if facts is None or (step % self.every and step != self.plan.total_steps):
-            return
-        row: dict[str, float] = {
-            "train/loss": facts.loss,
-            "optim/lr": facts.lr,
-            "optim/grad_norm": facts.grad_norm,
-            "perf/hours": self.clock.hours,
-            **progress_of(trainer, self.plan),
-        }
-        if speed := self.clock.img_per_s:
-            row["perf/img_per_s"] = speed
-            if self.peak is not None:
-                row["perf/mfu"] = speed * self.flops_per_image / self.peak
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step=step)
-            logger.save()
 
 
 class RecordKeeper(Callback):
@@ -346,7 +298,7 @@ class ProgressLine(Callback):
     def _note(self, trainer: Trainer, pl_module: LightningModule) -> str:
         assert isinstance(pl_module, Classifier)
         metrics = self.records.record.get("progress") or {}
-        parts = [f"loss {pl_module.last_step.loss:.4f}"] if pl_module.last_step is not None else []
+        parts = [f"loss {pl_module.mean_loss:.4f}"] if pl_module.mean_loss is not None else []
         parts += [f"val acc1 {100 * metrics['val/acc1']:.2f}%"] if "val/acc1" in metrics else []
         parts += [f"(ema {100 * metrics['val/acc1_ema']:.2f}%)"] if "val/acc1_ema" in metrics else []
         parts += [f"published {100 * metrics['published/acc1']:.2f}%"] if "published/acc1" in metrics else []

@@ -32,7 +32,7 @@ from eit_lab.plan import Plan
 from eit_lab.runs import Run
 from eit_lab.signals import STOP
 from eit_lab.training.callbacks import RecordKeeper
-from eit_lab.training.ranks import Ranks
+from eit_lab.training.ranks import Ranks, Watch
 
 Moment = Literal["step", "validation", "epoch"]
 """When a state was saved: inside an epoch; after its last step, the validation still to come; after the whole epoch."""
@@ -228,7 +228,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Keeper(Callback):
-    """Saves after every epoch, by time and by steps inside one, and once more when a signal asks the run to stop."""
+    """Saves after every epoch, by time and by steps inside one, and once more when a signal asks the run to stop.
+
+    A signal to any process and the clock of any are acted on by all of them after the same step, for which none waits (Watch).
+    """
 
     def __init__(
         self,
@@ -243,9 +246,10 @@ class Keeper(Callback):
     ) -> None:
         self.run, self.plan, self.ranks, self.records = run, plan, ranks, records
         self.minutes, self.steps, self.epochs = minutes, steps, epochs
+        self._watch = Watch(ranks)
         self._moment: Moment = "step"
         self._saved_at = time.monotonic()
-        self._step = 0
+        self._saved_step = self._step = 0
         self._random: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,8 +273,9 @@ class Keeper(Callback):
         epoch_ended = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= self.plan.batches_per_epoch
         late = time.monotonic() - self._saved_at > 60 * self.minutes
         due = self.steps is not None and self._step % self.steps == 0
-        stop, late = self.ranks.any_of(STOP.requested, late)
-        if stop or ((late or due) and not epoch_ended):
+        stop, late_step = self._watch.look(STOP.requested, self._step if late else 0) or (0, 0)
+        # One that was late before the last save is not late any more.
+        if stop or ((late_step > self._saved_step or due) and not epoch_ended):
             self.save(trainer, "validation" if epoch_ended else "step")
         if stop:
             self._stop()
@@ -278,7 +283,7 @@ class Keeper(Callback):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Asked to stop during a validation: the weights are those of the epoch's last step; it is done again later."""
         if trainer.state.fn == TrainerFn.FITTING:
-            (stop,) = self.ranks.any_of(STOP.requested)
+            stop, _ = self._watch.look(STOP.requested, 0) or (0, 0)
             if stop:
                 self.save(trainer, "validation")
                 self._stop()
@@ -292,7 +297,7 @@ class Keeper(Callback):
             if self.epochs:
                 _keep_epoch(self.run.last_checkpoint, trainer.current_epoch, keep=self.epochs)
         self.records.improved = False
-        (stop,) = self.ranks.any_of(STOP.requested)
+        stop, _ = self._watch.look(STOP.requested, 0, now=True) or (0, 0)
         if stop and trainer.global_step < self.plan.total_steps:
             self._stop()
 
@@ -302,7 +307,7 @@ class Keeper(Callback):
         began = time.perf_counter()
         trainer.save_checkpoint(self.run.last_checkpoint)
         self.records.clock.leave_out(time.perf_counter() - began)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self._step
 
     def _stop(self) -> None:
         (signum,) = self.ranks.largest(STOP.signum or 0)

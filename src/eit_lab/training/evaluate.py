@@ -30,9 +30,11 @@ from eit_lab.data.batch import FILLER, Batch
 from eit_lab.data.folders import VariantImages
 from eit_lab.data.module import ImageData
 from eit_lab.data.variants import Variant
+from eit_lab.memory import keep_memory
 from eit_lab.models.build import build_model
 from eit_lab.models.checkpoints import Weights, load_weights
 from eit_lab.models.image_model import ImageModel
+from eit_lab.training.compiling import compilation_of_run, compile_model
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.module import Classifier
 from eit_lab.training.trainer import build_trainer, quiet_lightning
@@ -52,10 +54,9 @@ def evaluate(
     if len(weights) > 1:
         ema = WeightAverage(model, decay=0.0)
         load_weights(cast("ImageModel", ema.model), files, weights=weights[1])
-    if config.trainer.compile:
-        model.compile()  # as in training, for the same digits
     classifier = Classifier(model, config.recipe, _normaliser(config, num_classes), ema=ema)
     with evaluation_trainer(config) as trainer:
+        compile_model(model, compilation_of_run(config, files, device=trainer.strategy.root_device))
         run = trainer.test if part == "test" else trainer.validate
         data = ImageData(config)
         run(classifier, datamodule=data, verbose=False)
@@ -71,10 +72,9 @@ def evaluate_variant(
 ) -> NDArray[np.int64]:
     """(G, 3) whole numbers for the groups of a variant: images, right at top 1, right among the top 5."""
     model = _build(config, files, num_classes=num_classes, weights=weights)
-    if config.trainer.compile:
-        model.compile()
     test = VariantTest(model, variant, _normaliser(config, num_classes))
     with evaluation_trainer(config) as trainer:
+        compile_model(model, compilation_of_run(config, files, device=trainer.strategy.root_device))
         trainer.test(test, datamodule=VariantData(config, variant), verbose=False)
     return test.counts.numpy()
 
@@ -150,6 +150,7 @@ class Tally(Metric):
 
 def _build(config: Config, files: Sequence[Path], *, num_classes: int, weights: Weights) -> ImageModel:
     quiet_lightning()
+    keep_memory()
     seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(
         config.model, num_classes=num_classes, img_size=config.data.img_size, in_chans=config.data.in_chans

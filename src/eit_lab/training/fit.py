@@ -8,23 +8,28 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
 from torch.distributed import DistBackendError
 
 from eit_lab.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError, StoppedError
 from eit_lab.config import Config, WandbLogger
 from eit_lab.data.augment import BatchAugment
+from eit_lab.data.imagenet import StreamedImages
 from eit_lab.data.module import ImageData
 from eit_lab.finetune import checkpoint_hash
 from eit_lab.loading import dump
+from eit_lab.memory import keep_memory
+from eit_lab.models.attention import attention_kernel
 from eit_lab.models.build import build_model
 from eit_lab.models.checkpoints import start_from
 from eit_lab.models.cost import Cost, count_cost
 from eit_lab.plan import plan
+from eit_lab.processes import count_cores
 from eit_lab.runs import (
     RECORD_SCHEMA,
     DataFacts,
@@ -36,8 +41,9 @@ from eit_lab.runs import (
     write_record,
     write_text,
 )
-from eit_lab.training.callbacks import Clock, ProgressLine, RecordKeeper, SampleLog, StepLog, peak_flops
+from eit_lab.training.callbacks import Clock, ProgressLine, RecordKeeper, SampleLog
 from eit_lab.training.checkpoint import Keeper, WholeFiles, pick, position
+from eit_lab.training.compiling import choose_compilation, compile_model, recompute_blocks
 from eit_lab.training.curve import PublishedCurve
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.energy import NOT_READ, Energy, open_counter
@@ -45,6 +51,8 @@ from eit_lab.training.inside import InsideLog, possible_looks
 from eit_lab.training.metrics_file import MetricsFile
 from eit_lab.training.module import Classifier, NotFiniteError
 from eit_lab.training.outcome import finish, write_classes
+from eit_lab.training.pace import Feed, StepLog
+from eit_lab.training.peak import known_peak
 from eit_lab.training.ranks import Ranks
 from eit_lab.training.summary import has_batch_norm, summary
 from eit_lab.training.trainer import build_trainer, device_name, quiet_lightning, set_callbacks
@@ -58,6 +66,7 @@ _EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT
 def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str, Any]:
     """Train and test one run in its folder; returns its record. Whatever is raised is on record before it goes on."""
     quiet_lightning()
+    keep_memory()
     cost = count_cost(
         config.model, num_classes=facts.num_classes, img_size=config.data.img_size, in_chans=config.data.in_chans
     )
@@ -79,6 +88,7 @@ def fit(config: Config, facts: DataFacts, run: Run, argv: list[str]) -> dict[str
         "result": None,
         "energy_wh": None,
         "energy_source": NOT_READ,
+        "starved": None,
     }
     began = time.monotonic()
     loggers: list[Logger] = []
@@ -171,8 +181,10 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         notes = start_from(model, config.checkpoint, weights=config.checkpoint_weights)
     wide = torch.float64 if trainer.precision == "64-true" else torch.float32
     ema = None if config.recipe.ema_decay is None else WeightAverage(model, decay=config.recipe.ema_decay, dtype=wide)
-    if config.trainer.compile:
-        model.compile()
+    recompute_blocks(model, config)
+    compilation = choose_compilation(config, cut, macs=cost.macs, device=trainer.strategy.root_device)
+    ranks.must_agree("whether and how the model is compiled", compilation.describe())
+    compile_model(model, compilation)
     augment = BatchAugment(config.data, config.recipe, num_classes=facts.num_classes, seed=config.seed)
     classifier = Classifier(model, config.recipe, augment, ema=ema, plan=cut, ranks=ranks)
     place = ranks.rank, ranks.world_size
@@ -185,10 +197,13 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     reference = config.reference
     keeper = RecordKeeper(run.folder, record, clock, cut, reference=reference)
     device = device_name(trainer.strategy.root_device)
-    peak = peak_flops(device, config.trainer.peak_tflops)
-    every = config.trainer.log_every_n_steps
-    flops = 6.0 * cost.macs  # two operations a MAC; the backward pass costs two forward passes
-    steps = StepLog(cut, clock, every=every, flops_per_image=flops, peak=peak and peak * cut.world_size)
+    steps = StepLog(
+        cut, clock, ranks, record,
+        every=config.trainer.log_every_n_steps,
+        flops_per_image=6.0 * cost.macs,  # two operations a MAC; the backward pass costs two forward passes
+        peak=known_peak(device, config.trainer.peak_tflops),
+        feed=_feed(config, data, trainer),
+    )  # fmt: skip
     callbacks: list[Callback] = [clock, steps, keeper]
     if reference is not None:
         callbacks.append(PublishedCurve(run.folder, reference, name=config.model.name))
@@ -216,12 +231,16 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
         "per_device_batch": cut.micro_batch,
         "accumulate": cut.accumulate,
         "batch_norm": batch_norm,
+        "attention": attention_kernel(trainer.strategy.root_device),
+        "compile": compilation.as_dict(),
+        "activation_checkpointing": config.trainer.activation_checkpointing,
     }
     if ranks.is_main:
         write_classes(config, run, data)
         text = summary(
             config, facts, run, cost, cut, record["placement"],
             batch_norm=batch_norm, from_notes=notes, data_notes=data.notes, inside_note=inside_note,
+            compile_note=compilation.describe(),
         )  # fmt: skip
         print(text, flush=True)
     loggers += build_loggers(config, run, ranks)
@@ -248,6 +267,17 @@ def _fit(config: Config, facts: DataFacts, run: Run, cost: Cost, record: dict[st
     finally:
         data.unread.refresh()
     ranks.close()
+
+
+def _feed(config: Config, data: ImageData, trainer: Trainer) -> Feed:
+    """What may be changed where the loader is too slow."""
+    computing = torch.get_num_threads() if trainer.strategy.root_device.type == "cpu" else 0
+    feed = Feed(cores=count_cores(), local=trainer.num_devices, training_threads=computing)
+    train = data.part("train")
+    if not isinstance(train, StreamedImages):
+        return feed
+    reader, decode = train.reader, train.config.decode
+    return replace(feed, layout=reader.layout, decode=decode, fetched=not reader.store.is_local)
 
 
 def check_shares(data: ImageData, ranks: Ranks) -> None:

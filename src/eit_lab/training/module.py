@@ -1,4 +1,9 @@
-"""The LightningModule around a model: loss, metrics, optimizer. It knows no data set and no folder."""
+"""The LightningModule around a model: loss, metrics, optimizer. It knows no data set and no folder.
+
+The host reads nothing of a step before it has enqueued the next one, so that a GPU never waits for Python: a step whose gradient is
+not finite is passed over by the optimizer on the device itself, and told about a step later. A CPU, and an optimizer that cannot
+do that (with a gradient scaler, which waits by itself), is read at once, by the same code.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +37,36 @@ _SCALER_SKIPS = 50  # in a row, each halving the scale of half precision: from 2
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One optimizer step, over all ranks and micro-batches."""
+    """One optimizer step, over all micro-batches."""
 
+    step: int
+    """Counted from 1."""
     loss: float
-    """Mean training loss, on the targets as they were trained on."""
+    """Mean training loss, on the targets as they were trained on, of this rank's images."""
     grad_norm: float
-    """L2 norm of the whole gradient, before clipping."""
+    """L2 norm of the whole gradient, of all ranks, before clipping."""
     lr: float
     """Of the head; lower blocks have less with layer decay."""
+
+
+class _Reading:
+    """Loss and norm of a step that is enqueued, on their way to the host."""
+
+    def __init__(self, step: int, lr: float, values: Tensor, indices: list[Tensor]) -> None:
+        """``values``: (2,) loss and norm, float32; ``indices``: sample ids by micro-batch, on the host."""
+        self.step, self.lr, self.indices = step, lr, indices
+        self._values = values.to("cpu", non_blocking=True)  # of a GPU: into pinned memory
+        self._copied = None
+        if values.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(values.device))
+
+    def take(self) -> StepFacts:
+        """Wait until the step has ended on the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, grad_norm = self._values.tolist()
+        return StepFacts(self.step, loss, grad_norm, self.lr)
 
 
 class NotFiniteError(RunError):
@@ -75,6 +102,9 @@ class Classifier(LightningModule):
             {part: evaluation_metrics(part, suffixes=suffixes) for part in ("val", "test")}
         )
         self.last_step: StepFacts | None = None
+        """The last one that the host knows of: on a GPU the one before the last; ``settle`` reads on."""
+        self.mean_loss: float | None = None
+        """Over all ranks, of the last step for which it is known: with several ranks a logged one."""
         self.skipped = 0
         """Steps that were skipped because something was not finite."""
         self._scaled_away = 0
@@ -83,6 +113,8 @@ class Classifier(LightningModule):
         self._losses: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._norms: deque[float] = deque(maxlen=_NORMS_KEPT)
+        self._readings: deque[_Reading] = deque()
+        self._norm: Tensor | None = None  # of the gradient that is about to be clipped
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) -> logits (B, num_classes)."""
@@ -115,7 +147,8 @@ class Classifier(LightningModule):
             loss = loss * weight
         self._losses.append(loss.detach())
         self._indices.append(batch.index)
-        return loss
+        # Times 1; where the loss is not finite, the gradient is not a number either, and every rank sees it in the norm.
+        return loss * (1 + 0 * loss.detach())
 
     def _weight(self, batch: Batch) -> float:
         """1, but in an epoch's last, shorter step what makes its gradient the mean over its images.
@@ -133,24 +166,58 @@ class Classifier(LightningModule):
         return len(batch.images) * plan.world_size * plan.accumulate / plan.tail if in_tail else 1.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients are complete: note loss and norm, and refuse or skip a step that is not finite.
+        """Gradients are complete: note loss and norm, and have the optimizer pass over a step that is not finite.
 
-        The decision falls on numbers that are the same on every rank. It reads them on the host: one wait a step.
+        The decision falls on the norm, which is the same on every rank.
         """
         assert self.ranks is not None
-        assert self.plan is not None
-        norm = self._gradient_norm()
-        loss, grad_norm = self.ranks.mean(torch.stack([self._step_loss().float(), norm.float()])).tolist()
+        self._norm = self._gradient_norm()
+        norm = self._norm.float()
         lr = max(group["lr"] for group in optimizer.param_groups)
-        self.last_step = StepFacts(loss, grad_norm, lr)
-        self._norms.append(grad_norm)
+        values = torch.stack([self._step_loss().float(), norm])
+        step = self.trainer.global_step + 1
+        self._readings.append(_Reading(step, lr, values, list(self._indices)))
+        self._losses.clear()
+        self._indices.clear()
+        skips = bool(optimizer.param_groups[0]["fused"])
+        if skips:
+            # torch's own mark of a step to be passed over, as its gradient scaler sets it; a fused optimizer reads it on the device
+            setattr(optimizer, "found_inf", (~norm.isfinite()).float())  # noqa: B010 - of no declared type
+        before = self.skipped
+        self.settle(but=self.steps_ahead if skips else 0)
+        if not skips and self.skipped > before:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # the optimizer passes over a parameter without a gradient
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that the host enqueues before it reads what became of one: it would wait for a GPU."""
+        return 1 if self.device.type == "cuda" else 0
+
+    def settle(self, *, but: int = 0) -> None:
+        """Read what the last steps were, all but so many, and tell of those that were not finite. All ranks must call.
+
+        Raises NotFiniteError where there were more of them than the recipe lets pass.
+        """
+        while len(self._readings) > but:
+            self._judge(self._readings.popleft())
+
+    def _judge(self, reading: _Reading) -> None:
+        assert self.ranks is not None
+        facts = reading.take()
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
+        loss, grad_norm = facts.loss, facts.grad_norm
+        if scaled:  # a norm that is not finite tells nothing of the loss: the scale may have been too large
+            loss = float(self.ranks.ask_all(loss).take().mean())
+        self.last_step = facts
+        if self.ranks.world_size == 1:
+            self.mean_loss = loss
+        self._norms.append(grad_norm)
         self._scaled_away = 0 if math.isfinite(grad_norm) else self._scaled_away + 1
         hopeless = not scaled or self._scaled_away > _SCALER_SKIPS
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and hopeless):
-            self._skip_or_stop(optimizer)
-        self._losses.clear()
-        self._indices.clear()
+            self._skip_or_stop(facts, reading.indices)
 
     def _step_loss(self) -> Tensor:
         assert self.plan is not None
@@ -169,30 +236,31 @@ class Classifier(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of the whole gradient, which of a sharded model only its wrapper knows."""
-        sharded = self.trainer.strategy.model
-        if isinstance(sharded, FullyShardedDataParallel) and gradient_clip_val:
-            sharded.clip_grad_norm_(gradient_clip_val)
-            return
-        self.clip_gradients(
-            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
-        )
+        """Clip by the norm of the whole gradient, known already: on the device, without a wait, a sharded model's by its shards.
 
-    def _skip_or_stop(self, optimizer: torch.optim.Optimizer) -> None:
+        Where we differ: Lightning works the norm out once more, and refuses a fused optimizer under mixed precision, for with a
+        gradient scaler its gradients would still be scaled here. Ours is fused only where there is no scaler.
+        """
+        assert gradient_clip_algorithm in (None, "norm"), "the trainer is never told another one"
+        if gradient_clip_val:
+            assert self._norm is not None
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
+
+    def _skip_or_stop(self, step: StepFacts, indices: list[Tensor]) -> None:
         assert self.ranks is not None
-        assert self.last_step is not None
         self.skipped += 1
-        ids = [index for indices in self.ranks.gather(torch.cat(self._indices).cpu()) for index in indices.tolist()]
-        step = self.trainer.global_step + 1
+        loss = float(self.ranks.ask_all(step.loss).take().mean())
+        ids = [index for indices in self.ranks.gather(torch.cat(indices).cpu()) for index in indices.tolist()]
         facts = {
-            "step": step,
-            "loss": self.last_step.loss,
-            "lr": self.last_step.lr,
+            "step": step.step,
+            "loss": loss,
+            "lr": step.lr,
             "grad_norms": list(self._norms),
             "sample_ids": ids,
             "skipped": self.skipped,
         }
-        what = f"loss {self.last_step.loss}, gradient norm {self.last_step.grad_norm} at step {step}"
+        what = f"loss {loss}, gradient norm {step.grad_norm} at step {step.step}"
         if self.skipped > self.recipe.skip_nonfinite:
             raise NotFiniteError(
                 f"training is not finite any more: {what}; its {len(ids)} sample ids and the last norms are in nonfinite.json; "
@@ -201,9 +269,6 @@ class Classifier(LightningModule):
             )
         if self.ranks.is_main:
             print(f"eit_lab: warning: {what}: skipped ({self.skipped} of {self.recipe.skip_nonfinite})", flush=True)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None  # the optimizer passes over a parameter without a gradient
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step, then the average: in this order before any callback saves a checkpoint."""
@@ -214,10 +279,8 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and the learning rate of every optimizer step."""
         assert self.plan is not None
-        # NOTE: Lightning refuses to clip for a fused optimizer under any mixed precision, a scaler or not; and with a scaler
-        # a fused one scales gradients back inside its step only, so that norms before it would be of scaled ones.
-        precision = str(self.trainer.precision)
-        fused = precision != "16-mixed" and not (precision.endswith("-mixed") and self.trainer.gradient_clip_val)
+        # NOTE: with a scaler a fused one scales gradients back inside its step only: norms before it would be of scaled ones.
+        fused = str(self.trainer.precision) != "16-mixed"
         optimizer = build_optimizer(self.model, self.recipe, grouping=self._grouping, fused=fused)
         plan = self.plan
 
@@ -229,7 +292,8 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The averaged weights in a section of their own."""
+        """The averaged weights in a section of their own. Raises NotFiniteError: what follows too many bad steps is not saved."""
+        self.settle()
         checkpoint["skipped"] = self.skipped
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
@@ -244,6 +308,7 @@ class Classifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Statistics of batch norms are one process's own: all evaluate with the main one's."""
+        self.settle()
         if self.ranks is not None:
             models = [self.model] if self.ema is None else [self.model, self.ema.model]
             self.ranks.copy_from_main(buffer for model in models for buffer in model.buffers())

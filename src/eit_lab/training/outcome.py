@@ -25,7 +25,9 @@ from eit_lab.training.trainer import set_callbacks
 from eit_lab.training.wandb_log import WandbLog
 
 # What W&B's tables and plots of runs have beside the test result.
-_IN_SUMMARY = ("best", "img_per_s", "hours", "device_hours", "energy_wh", "energy_source")
+_IN_SUMMARY = (
+    "best", "img_per_s", "hours", "device_hours", "energy_wh", "energy_source", "mfu", "data_wait_share", "memory_gb",
+)  # fmt: skip
 
 
 def finish(
@@ -90,7 +92,7 @@ def _show(
             assert isinstance(config.logger, WandbLogger)
             costs = {f"cost/{name}": record["cost"][name] for name in ("params", "macs")}
             looks = inside.summary(record["analysis"]) if record["analysis"] else {}
-            log.set_summary({**result, **costs, **looks, **{key: record[key] for key in _IN_SUMMARY}})
+            log.set_summary({**result, **costs, **looks, **{key: record.get(key) for key in _IN_SUMMARY}})
             log.log_confusion(counts, class_names=names)
             mistakes = worst_mistakes(
                 index=columns["index"],

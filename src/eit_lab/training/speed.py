@@ -23,10 +23,12 @@ from eit_lab.config import Config, ConfigError, ModelConfig, as_hw, micro_batche
 from eit_lab.data.augment import BatchAugment
 from eit_lab.data.batch import Batch
 from eit_lab.loading import load
+from eit_lab.memory import keep_memory
 from eit_lab.models.build import build_model
 from eit_lab.models.cost import count_cost
 from eit_lab.models.matching import match_width
 from eit_lab.processes import die_with_parent
+from eit_lab.training.compiling import recompute_blocks
 from eit_lab.training.ema import WeightAverage
 from eit_lab.training.optim import build_optimizer
 
@@ -39,6 +41,7 @@ _TRUE_PRECISIONS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 def main() -> int:
     """Answer requests until the asking process closes its end."""
     die_with_parent()
+    keep_memory()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not write into an answer
     for line in sys.stdin:
@@ -102,6 +105,7 @@ def measure_speed(config: Config, *, num_classes: int, seconds: float, threads: 
     torch.manual_seed(config.seed)
     data = config.data
     model = build_model(config.model, num_classes=num_classes, img_size=data.img_size, in_chans=data.in_chans)
+    recompute_blocks(model, config)
     model.to(device).train()
     precision = config.trainer.precision
     if precision == "auto":

@@ -32,8 +32,10 @@ def summary(
     from_notes: Sequence[str] = (),
     data_notes: Sequence[str] = (),
     inside_note: str = "",
+    compile_note: str = "",
 ) -> str:
-    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, of the data and the inside.
+    """Model, data and cost in a few lines, before the first step; notes of the weights it starts from, of the data, the inside
+    and of how the model is run.
 
     ``batch_norm``: whether the model has any.
     """
@@ -50,11 +52,17 @@ def summary(
                    f"peak learning rate {recipe.lr:g}; {si(3 * cost.macs * images)} MACs in all"),
         ("on", f"{placement['world_size']} x {placement['device']}, {placement['precision']}, "
                f"{plan.micro_batch} images a device and micro-batch, {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)} a step"),
+        *([("", f"attention by the kernels of {placement['attention']}")] if "(" in placement["attention"] else []),
+        *([("", compile_note + _recomputed(config))] if compile_note else []),
         *(("from", note) for note in from_notes),
         *([("inside", inside_note)] if inside_note else []),
         ("run", f"{run.folder}  ({'resumed' if run.state == 'resume' else 'new'}, seed {config.seed})"),
     ]  # fmt: skip
     return "\n".join(f"{name:>7}  {text}" for name, text in rows)
+
+
+def _recomputed(config: Config) -> str:
+    return "; the backward pass computes blocks anew" if config.trainer.activation_checkpointing == "blocks" else ""
 
 
 def _model_rows(model: AnyModelConfig, cost: Cost, norm: str) -> Iterator[tuple[str, str]]:

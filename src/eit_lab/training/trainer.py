@@ -20,7 +20,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from torch import nn
 
-from eit_lab.config import Config, ConfigError, TimmConfig
+from eit_lab.config import CUDA_GRAPH_MODES, Config, ConfigError, TimmConfig
 from eit_lab.models.backbone import Block
 from eit_lab.plan import Plan
 from eit_lab.processes import is_slurm_rank, started_by_launcher
@@ -71,6 +71,8 @@ def build_trainer(
             enable_checkpointing=False,  # Keeper does it
             enable_progress_bar=False,
             enable_model_summary=False,
+            # CUDA graphs that were recorded under inference mode cannot be used again outside (pytorch issue 135892).
+            inference_mode=t.compile_mode not in CUDA_GRAPH_MODES,
             use_distributed_sampler=False,  # the data module hands each rank its own share
             sync_batchnorm=cuda,
         )

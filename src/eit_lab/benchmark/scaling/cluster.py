@@ -66,9 +66,20 @@ class Cluster:
     tree_chunk_bytes: int = _fact("assumed", "B", "piece in which a tree hands data on", "pipelining", 128 * 1024)
 
     agreements: int = _fact(
-        "counted", "", "host all-reduces of a step over gloo: loss and norm, and whether to stop",
-        "training/module.py, training/checkpoint.py", 2,
-    )  # fmt: skip
+        "counted",
+        "",
+        "host all-reduces over gloo that a step waits for",
+        "training/module.py, training/checkpoint.py",
+        0,
+    )
+    question_s: float = _fact(
+        "counted",
+        "s",
+        "after which a question of all hosts is looked at, which no step waits for",
+        "training/ranks.py",
+        0.1,
+    )
+    question_steps: int = _fact("counted", "steps", "after which it is looked at in any case", "training/ranks.py", 16)
     tcp_local_s: float = _fact("assumed", "s", "a hop of gloo's ring inside a machine", "loopback, two wake-ups", 25e-6)
     tcp_s: float = _fact("assumed", "s", "a hop of gloo's ring between machines", "TCP, two wake-ups", 50e-6)
 

@@ -81,11 +81,11 @@ def _efficiency_panel(axes: Axes, results: Results) -> None:
             label=workload.model,
             markersize=4,
         )
-        alone = [100 * row.efficiency_alone for row in rows]
-        axes.plot(gpus, alone, "--", color=COLOURS[colour], linewidth=1.1)
+        agreeing = [100 * row.efficiency_agreeing for row in rows]
+        axes.plot(gpus, agreeing, "--", color=COLOURS[colour], linewidth=1.1)
     axes.axhline(100 * PAYS, color=MUTED, linestyle=":", linewidth=1.2)
     axes.text(results.gpus[-1], 100 * PAYS + 1.5, "pays", ha="right", fontsize=9, color=MUTED)
-    axes.plot([], [], "--", color=MUTED, linewidth=1.1, label="without agreements")
+    axes.plot([], [], "--", color=MUTED, linewidth=1.1, label="two agreements a step")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(results.gpus), [str(num) for num in results.gpus])
     axes.set_xlabel("GPUs (the recipe refuses those that would have fewer than two images)")

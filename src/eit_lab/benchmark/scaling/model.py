@@ -1,8 +1,9 @@
 """A training step, an epoch and a run on any number of GPUs, in closed form. No torch.
 
 A step: the batch is there; forward and backward, at the pace of the slowest rank; buckets of gradients all-reduced one after the
-other behind the backward pass; loss and norm agreed on over the hosts' network; optimizer and average, behind which the ranks agree
-whether to stop; some Python. Images come at the rate of the loader's cores, where that is slower.
+other behind the backward pass; optimizer and average; some Python. Images come at the rate of the loader's cores, where that is slower.
+Where hosts agree in a step (``Cluster.agreements``: as the loop once did), it waits for them before the optimizer, and once more
+behind it. What the loop asks all hosts now comes back while it goes on.
 
 The GLOBAL batch is the recipe's, so a GPU's share shrinks as GPUs are added (*strong* scaling: the same experiment, sooner). With
 a fixed share the global batch grows (*weak* scaling): another experiment, which needs its own learning rate.
@@ -157,6 +158,12 @@ def step(workload: Workload, cluster: Cluster, *, gpus: int, images: int) -> Ste
         reduce=sum(reduces),
         algorithms=algorithms,
     )
+
+
+def question(workload: Workload, cluster: Cluster, one: Step) -> float:
+    """What a question of all hosts takes on its way, over the time that it has until somebody looks: above 1, steps would wait."""
+    steps = min(cluster.question_steps, max(1, ceil(cluster.question_s / one.seconds)))
+    return agreement(Group(one.gpus, cluster.gpus_per_node), cluster) / (steps * one.seconds)
 
 
 def _agreements(group: Group, cluster: Cluster, *, optimizer: float) -> float:

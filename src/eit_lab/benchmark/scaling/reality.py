@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,13 +33,15 @@ _BYTES_RECEIVED_AT, _DATA_SEGMENTS_OUT_AT = 128, 156
 
 
 def check(sizes: Sequence[str], *, processes: int, timeout_s: float = _TIMEOUT_S) -> list[dict[str, Any]]:
-    """Each rank's findings: ``buckets`` and ``ddp_bytes`` by size, ``raw_bytes`` and ``raw``, ``agreement_messages``.
+    """Each rank's findings: ``buckets`` and ``ddp_bytes`` by size, ``raw_bytes`` and ``raw``, ``agreement_messages``;
+    ``question_messages`` of what training/ranks.py asks, and ``asked_without_waiting``.
 
     Raises RunError.
     """
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", __name__, str(Path(folder) / "store"), str(processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # Without our kernel for CPUs: on a GPU gradients come as torch's own operations bring them.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "EIT_LAB_NATIVE": "0"}
         ranks = [
             subprocess.Popen(
                 [*words, str(rank), *sizes], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -83,8 +86,40 @@ def _main(store: str, world_size: int, rank: int, sizes: Sequence[str]) -> dict[
     dist.all_reduce(few)
     found["agreement_messages"] = _traffic()[1] - before
     dist.barrier()
+    found["question_messages"], found["asked_without_waiting"] = _question(
+        rank, world_size, Path(store).with_name("asked")
+    )
     dist.destroy_process_group()
     return found
+
+
+def _question(rank: int, world_size: int, asked: Path) -> tuple[int, bool]:
+    """(TCP segments that this rank sent for a question of the training loop, whether the first to ask did not wait for the rest)."""
+    import torch.distributed as dist
+
+    from eit_lab.training.ranks import Ranks
+
+    class Alike(Ranks):
+        """The loop's own, without a trainer."""
+
+        def __init__(self) -> None:
+            self.rank, self.world_size, self._group = rank, world_size, dist.group.WORLD
+
+    ranks = Alike()
+    ranks.ask_largest(0, 0, 0).take()
+    dist.barrier()
+    _, before = _traffic()
+    while rank > 0 and not asked.exists():
+        time.sleep(0.01)
+    answer = ranks.ask_largest(rank, 0, 0)
+    went_on = not answer.is_there if rank == 0 else True
+    if rank == 0:  # were it waiting above, nobody else would ever ask
+        asked.touch()
+    largest = answer.take().tolist()
+    assert largest == [world_size - 1, 0, 0]
+    sent = _traffic()[1] - before
+    dist.barrier()
+    return sent, went_on
 
 
 def _step(size: str) -> tuple[list[int], int]:
@@ -98,11 +133,15 @@ def _step(size: str) -> tuple[list[int], int]:
     from eit_lab.compose import compose_model
     from eit_lab.config import ModelConfig
     from eit_lab.models.backbone import Backbone
+    from eit_lab.models.linear import Linear
 
     torch.manual_seed(0)
     config = compose_model(f"eit_{size}")
     assert isinstance(config, ModelConfig)
     model = Backbone(config, num_classes=1000, img_size=_IMAGE_PX)
+    for module in model.modules():
+        if isinstance(module, Linear):  # likewise: oneDNN's product hands over a weight's gradient before its bias's
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)  # as training/trainer.py does
     buckets: list[int] = []
 
