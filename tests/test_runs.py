@@ -230,11 +230,17 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
         ).stdout
 
     first = code_hash()
-    mixers = package / "models" / "mixers.py"
-    mixers.write_text(mixers.read_text().replace("Mix tokens on their grid", "Blend tokens") + "\n# a remark\n")
+    def change(name: str, old: str, new: str) -> None:
+        text = (package / name).read_text()
+        assert old in text
+        (package / name).write_text(text.replace(old, new))
+
+    change("models/mixers.py", "Mix tokens on their grid", "Blend tokens")
     assert code_hash() == first
-    mixers.write_text(mixers.read_text().replace("** -0.5", "** -0.25"))
-    assert code_hash() != first
+    change("models/attention.py", "** -0.5", "** -0.25")
+    second = code_hash()
+    change("models/native/attention.c", "1.442695", "1.442696")
+    assert len({first, second, code_hash()}) == 3
 
 
 @pytest.mark.slow

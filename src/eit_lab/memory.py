@@ -25,4 +25,4 @@ def keep_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     told = [(_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, _NEVER), (_ARENA_MAX, 1)]
-    return all([libc.mallopt(what, value) == 1 for what, value in told])
+    return [libc.mallopt(what, value) for what, value in told] == [1] * len(told)

@@ -33,6 +33,7 @@ from typing import IO, Any, Literal
 
 from omegaconf import OmegaConf
 
+from eit_lab.caches import user_cache
 from eit_lab.config import Config, ConfigError
 from eit_lab.finetune import checkpoint_hash
 from eit_lab.loading import dump
@@ -72,6 +73,7 @@ PLACEMENT = (
 _RESULT_ROOMS = (
     "config.py", "loading.py", "schedule.py", "learning_rate.py", "plan.py", "models", "data", "training",
 )  # fmt: skip
+_CODE_DIGITS = 10
 _PACKAGES = (
     "torch", "torchvision", "timm", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scipy", "scikit-learn",
     "pillow", "simplejpeg", "opencv-python-headless", "xxhash", "fsspec", "wandb",
@@ -109,25 +111,40 @@ def identity(config: Config, facts: DataFacts) -> str:
 
 @cache
 def code_hash() -> str:
-    """Hash of the package's code that a result depends on; comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
+    """Hash of the package's code that a result depends on; comments, docstrings and layout do not count.
+
+    Taking the code apart costs half a second, more than a small run's first step: what was found for these very files is kept
+    in the user's cache.
+    """
+    here, files = Path(__file__).parent, list[Path]()
     for room in _RESULT_ROOMS:
         path = here / room
-        files = [*path.rglob("*.py"), *path.rglob("*.c")] if path.is_dir() else [path]
-        for file in sorted(files):
-            if file.suffix == ".c":
-                digest.update(f"{file.relative_to(here)}\n".encode() + file.read_bytes())
-                continue
-            tree = ast.parse(file.read_bytes())
-            for node in ast.walk(tree):
-                if (
-                    isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-                    and ast.get_docstring(node) is not None
-                ):
-                    node.body = node.body[1:]
-            digest.update(f"{file.relative_to(here)}\n{ast.dump(tree)}\n".encode())
-    return digest.hexdigest()[:10]
+        files += sorted([*path.rglob("*.py"), *path.rglob("*.[ch]")]) if path.is_dir() else [path]
+    contents = {str(file.relative_to(here)): file.read_bytes() for file in files}
+    plain = hashlib.sha256(sys.version.encode())  # the tree's form is Python's own
+    for name, content in contents.items():
+        plain.update(f"{name}\n{len(content)}\n".encode() + content)
+    known = user_cache() / "code" / plain.hexdigest()[:32]
+    with suppress(OSError):
+        if len(found := known.read_text()) == _CODE_DIGITS:
+            return found
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name}\n".encode() + (_without_words(content) if name.endswith(".py") else content) + b"\n")
+    found = digest.hexdigest()[:_CODE_DIGITS]
+    with suppress(OSError):  # a cache that cannot be written is none
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_text(known, found)
+    return found
+
+
+def _without_words(source: bytes) -> bytes:
+    """The syntax tree of a module without its docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def run_name(config: Config, run_id: str) -> str:

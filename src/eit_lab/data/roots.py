@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from eit_lab.caches import user_cache
 from eit_lab.config import ConfigError, ImageNetData
 from eit_lab.data.cache import FileCache
 from eit_lab.data.layouts import Listing, open_root
@@ -119,9 +119,7 @@ def notes(config: ImageNetData, root: OpenRoot) -> list[str]:
 
 def cache_folder(cache_dir: str | None) -> Path:
     """data.cache_dir, or the user's own folder for caches."""
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eit_lab"
+    return Path(cache_dir).expanduser() if cache_dir else user_cache()
 
 
 def fingerprint(config: ImageNetData, root: OpenRoot) -> str:

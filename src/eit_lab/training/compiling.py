@@ -27,8 +27,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from eit_lab.caches import user_cache
 from eit_lab.config import CUDA_GRAPH_MODES, CompileMode, Config, ConfigError, TimmConfig
-from eit_lab.data.roots import cache_folder
 from eit_lab.finetune import run_folder_of
 from eit_lab.models.backbone import Backbone
 from eit_lab.plan import COMPILE_S, Plan
@@ -189,7 +189,7 @@ def _keep_in_cache() -> None:
     """Compiled graphs in the user's own cache, not in /tmp, which a machine forgets. A cache that cannot be written is none."""
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    folder = cache_folder(os.environ.get("EIT_LAB_CACHE")) / "compiled"
+    folder = user_cache() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

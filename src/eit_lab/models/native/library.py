@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch  # its OpenMP must be in the process before ours is asked for: then both are one, with one pool of threads
 
+from eit_lab.caches import user_cache
+
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Straight-line code already fills the lanes; looking for more of them takes half the compiler's time and finds nothing.
@@ -76,10 +78,7 @@ def _built(compiler: str) -> Path:
 
 def _folder() -> Path:
     """Where compiled kernels stay: the user's caches, or where those cannot be written a folder of this process."""
-    root = (
-        os.environ.get("EIT_LAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eit_lab"
-    )
-    folder = Path(root).expanduser() / "native"
+    folder = user_cache() / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
