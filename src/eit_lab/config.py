@@ -406,7 +406,8 @@ class TrainerConfig:
     record_samples: Flag = _opt(False, "write the ids of every step's samples to samples/ in the run folder")
     process_timeout_minutes: PosFloat = _opt(30.0, "how long a process waits for the others before it gives up")
     peak_tflops: PosFloat | None = _opt(
-        None, "the device's peak in 1e12 floating-point operations per second, for perf/mfu; null: known for some GPUs"
+        None,
+        "the device's peak in 1e12 floating-point operations per second, for perf/mfu; null: known for some GPUs, else measured",
     )
     limit_train_batches: Batches = _opt(1.0, "global batches (steps) per epoch: a number, or a share")
     limit_val_batches: Batches = _opt(1.0, "validation batches over all devices: a number, or a share")
