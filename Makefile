@@ -50,6 +50,7 @@ format: $(READY)  ## put the code in order
 bench: $(READY)  ## timings, side by side; records go under benchmarks/records/
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/pieces.py
 	$(BIN)/python benchmarks/wandb_faults.py --train
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python -m eit_lab.bench data out=benchmarks/records

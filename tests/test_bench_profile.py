@@ -188,6 +188,8 @@ def test_a_backward_event_goes_where_the_number_of_its_node_was_made() -> None:
         (("stem", "stem"), ("aten::conv2d", "aten::mkldnn_convolution"), "stem convolution"),
         (("stem", "stem"), ("aten::max_pool2d", "aten::max_pool2d_with_indices"), "max pool"),
         (("mlp", "blocks.0.mlp"), ("aten::gelu",), "GELU"),
+        (("mlp", "blocks.0.mlp"), ("_Activated",), "GELU"),
+        (("mlp", "blocks.0.mlp"), ("_Activated", "mkldnn::_linear_pointwise"), "matrix products"),
         (("block", "blocks.0"), ("aten::add",), "residual sums"),
         (("norm", "blocks.0.norm1"), ("aten::layer_norm", "aten::native_layer_norm"), "norms"),
         (("model", ""), ("aten::cat",), "concatenation"),

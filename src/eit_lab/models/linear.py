@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+_NARROW = 48  # channels; below, packing the operands costs more than the product wins
+
+
 class Linear(nn.Linear):
     """x W^T + b on the last axis, as ``nn.Linear`` in all but time."""
 
@@ -76,7 +79,8 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """(..., o), (..., i) -> (o, i)."""
     a, b = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if grad.dtype != torch.float32 or not _takes(torch.float32):
+    narrow = min(a.shape[1], b.shape[1]) < _NARROW
+    if grad.dtype != torch.float32 or narrow or not _takes(torch.float32):
         return a.t() @ b
     # The wider one is handed over as the weight: that one is packed at full speed.
     return product(a.t(), b.t(), None) if a.shape[1] <= b.shape[1] else product(b.t(), a.t(), None).t().contiguous()

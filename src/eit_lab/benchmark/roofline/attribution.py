@@ -230,6 +230,9 @@ def _group(kind: str, names: Sequence[str], node: str, *, cast: bool, copy: bool
         return "casts and copies"
     if any("gelu" in one.lower() for one in everything):
         return "GELU"
+    if kind == "mlp" and any("_Activated" in one for one in everything):  # ours: the activation and fc2 are one node
+        product = any(one.startswith((*_PRODUCTS, "mkldnn::", "aten::sum")) for one in names)
+        return "matrix products" if product else "GELU"
     # A gradient that two branches share is summed in the engine, outside the node that made its last part.
     summed = bool(names) and names[-1] in ("aten::add", "aten::add_")
     if any("layer_norm" in one or "LayerNorm" in one for one in everything):
@@ -242,6 +245,6 @@ def _group(kind: str, names: Sequence[str], node: str, *, cast: bool, copy: bool
 def _place(group: str, scope: Scope) -> str:
     """A module's place, as the operators of ``work`` have it: the linear layer itself, else its block, or the stem."""
     if group == "matrix products":
-        return scope.place
+        return f"{scope.place}.fc2" if scope.kind == "mlp" else scope.place
     parts = scope.place.split(".")
     return ".".join(parts[:2]) if parts[0] == "blocks" else ("stem" if parts[0] == "stem" else "")
