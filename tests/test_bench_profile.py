@@ -292,6 +292,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "measure", lambda device, precisions: MADE)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_record_that_the_next_one_is_drawn_beside(
     quick: None, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

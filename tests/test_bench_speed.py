@@ -91,6 +91,7 @@ def request(peer: str, **changes: Any) -> Request:
     return Request(**{**told, **changes})
 
 
+@pytest.mark.slow
 def test_timms_vit_has_our_width_depth_heads_and_tokens() -> None:
     ours, theirs = (Contender(request(peer, verb="model")) for peer in ("eit_lab", "timm_vit"))
     assert isinstance(ours.model, Backbone)
@@ -121,6 +122,7 @@ def test_a_training_step_learns_and_the_literal_one_starts_at_the_same_loss() ->
     assert ours.warm_up("float32")["first_loss"] < first
 
 
+@pytest.mark.slow
 def test_settings_of_a_peer_reach_its_model() -> None:
     kept = Contender(request("eit_lab:checkpoint=true:attention=written_out:compile=false"))
     assert kept.warm_up("float32")["first_loss"] == pytest.approx(
@@ -168,6 +170,7 @@ def test_who_keeps_memory_and_who_compiles_follows_from_the_name() -> None:
 # ---------------------------------------------------------------------------------------------------------------- workers
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_go_on_says_why_in_one_line() -> None:
     crew = [Worker() for _ in range(3)]
     try:
@@ -219,6 +222,7 @@ def silent() -> Iterator[Any]:
     yield lambda step, done, total: None
 
 
+@pytest.mark.slow
 def test_rounds_turn_around_a_lost_worker_is_a_row_and_the_record_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

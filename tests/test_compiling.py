@@ -276,6 +276,7 @@ def test_a_tap_hears_each_intermediate_once_where_blocks_are_computed_anew() -> 
     assert all(torch.equal(one, other) for one, other in zip(plain, tapped, strict=True))
 
 
+@pytest.mark.slow
 def test_blocks_computed_anew_are_one_graph_under_the_compiler() -> None:
     model = build(config_of())
     plain = gradients(model)

@@ -124,7 +124,10 @@ def test_the_digits_do_not_depend_on_the_number_of_threads() -> None:
 @needs_kernel
 def test_our_kernel_has_torchs_threads_and_no_pool_of_its_own() -> None:
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-    assert len(loaded) == 1
+    assert any("/torch/" in path for path in loaded)
+    assert not any(
+        path.startswith(("/usr/", "/lib")) for path in loaded
+    )  # other packages bring theirs, the system's is nobody's
 
 
 def test_narrow_heads_take_our_kernel_and_others_torchs() -> None:
@@ -319,6 +322,7 @@ def test_each_path_is_exact_against_the_literal_implementation(name: str, path: 
         assert error(parameter.grad, gradients[key].grad.double()) < 1e-4, key
 
 
+@pytest.mark.slow
 def test_a_traced_model_has_no_kernel_of_ours() -> None:
     """An exported program must run where there is none."""
     model = create_model("eit_nano", num_classes=5, img_size=32).eval()

@@ -155,6 +155,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return poison
 
 
+@pytest.mark.slow
 def test_a_step_that_is_read_late_is_the_same_step(
     here: Path, poisoned: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +276,7 @@ def slow_loader(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
+@pytest.mark.slow
 def test_the_wait_share_is_the_time_in_the_loader_over_the_time_of_training(
     here: Path, slow_loader: list[float]
 ) -> None:
@@ -314,6 +316,7 @@ def test_every_row_has_its_speed_and_memory_and_says_where_the_peak_comes_from(h
 
 
 def test_a_measured_peak_is_that_of_a_matrix_product_and_draws_nothing() -> None:
+    from eit_lab.models.linear import linear
     from eit_lab.training.peak import known_peak, measure_peak
 
     before = torch.get_rng_state()
@@ -323,7 +326,7 @@ def test_a_measured_peak_is_that_of_a_matrix_product_and_draws_nothing() -> None
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        left @ left
+        linear(left, left, None)
         times.append(time.perf_counter() - began)
     assert found.flops == pytest.approx(2 * 512**3 / min(times), rel=0.8)
     assert (known_peak("NVIDIA H100 80GB HBM3", None).flops, known_peak("cpu, 2 threads", None)) == (989e12, None)  # type: ignore[union-attr]
@@ -342,6 +345,7 @@ def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pace, name, value)
 
 
+@pytest.mark.slow
 def test_a_run_whose_loader_is_too_slow_says_so_once_over_a_restart_too(
     here: Path,
     slow_loader: list[float],
@@ -378,6 +382,7 @@ def test_a_run_whose_loader_is_too_slow_says_so_once_over_a_restart_too(
     assert record_of(only_run(here / "runs"))["starved"] == first[0]
 
 
+@pytest.mark.slow
 def test_a_run_whose_loader_keeps_up_or_that_is_short_says_nothing(
     here: Path, slow_loader: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

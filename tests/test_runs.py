@@ -230,6 +230,7 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
         ).stdout
 
     first = code_hash()
+
     def change(name: str, old: str, new: str) -> None:
         text = (package / name).read_text()
         assert old in text

@@ -27,6 +27,7 @@ def test_the_kernel_is_the_convolution_forwards_and_back(case: Case, interpreter
     compare(case, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_programs_that_share_the_images_of_a_sum_have_each_once(
     interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_what_it_cannot_do_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) 
         grid_conv(x.double(), weight.double(), (3, 3))
 
 
+@pytest.mark.slow
 def test_torch_knows_the_operators_shapes_and_gradients(interpreter: None) -> None:
     x, weight = torch.randn(1, 10, 5, requires_grad=True), torch.randn(3, 1, 3, 3, requires_grad=True)
     arguments = (x[..., :3], weight, x[..., 3:], 3, 3)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 _NARROW = 48  # channels; below, packing the operands costs more than the product wins
 
 
