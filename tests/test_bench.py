@@ -71,6 +71,7 @@ def test_photographs_of_a_folder_are_reduced_before_they_are_cut(tmp_path: Path)
     assert material.facts["photographs"] == ["stripes.png"]
 
 
+@pytest.mark.slow
 def test_the_limit_decodes_the_pixels_of_the_crop(cache: Path) -> None:
     try:
         limit = CropLimit(cache)

@@ -327,6 +327,7 @@ def test_two_launchers_share_the_jobs_and_run_none_twice(small: Path) -> None:
     assert len(takers) == 2, outputs
 
 
+@pytest.mark.slow
 def test_a_run_that_another_sweep_is_busy_with_is_waited_for(small: Path) -> None:
     assert run("seed=0") == 0
     (folder,) = (path.parent for path in (small / "runs").glob("*-s0-*/record.json"))

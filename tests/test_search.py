@@ -679,6 +679,7 @@ def test_arms_of_equal_budget_are_matched_before_they_are_searched(
 # --------------------------------------------------------------------------------------------------------- what it leaves
 
 
+@pytest.mark.slow
 def test_the_table_and_the_figure_say_what_was_found(
     machine: Callable[..., Machine], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -706,6 +707,7 @@ def test_the_table_and_the_figure_say_what_was_found(
     assert {job.state for job in read_manifest(folder).jobs.values()} == {"finished"}
 
 
+@pytest.mark.slow
 def test_a_wandb_sweep_is_the_same_search_to_wandbs_own_reader(here: Path) -> None:
     import optuna
 

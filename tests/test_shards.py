@@ -135,6 +135,7 @@ def start(source: Path, target: Path, workers: int, **how: object) -> subprocess
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
     built: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -326,6 +326,7 @@ def test_weights_and_losses_are_the_same_to_the_last_bit_with_and_without(here: 
     assert [line for line in compare(off, on) if line.startswith("analysis/history.jsonl")], "which compares it too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", ["a step before the look", "right before the look"])
 def test_a_run_that_is_stopped_and_goes_on_has_each_look_once(
     saved: str, here: Path, monkeypatch: pytest.MonkeyPatch

@@ -392,6 +392,7 @@ def test_when_its_process_dies_one_line_says_so_and_the_training_goes_on(
     assert said == "eit_lab: W&B: its process has ended; training and metrics.csv go on"
 
 
+@pytest.mark.slow
 def test_when_its_process_stands_still_neither_rows_nor_the_end_wait_for_it(make_log: MakeLog) -> None:
     log = make_log(finish=1.0)
     log.start()
