@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import subprocess
 import sys
@@ -63,6 +64,32 @@ def test_attention_of_any_width_is_that_of_plain_arithmetic(dim: int, tokens: in
     assert error(out, expected.detach()) < 1e-6
     assert exact.grad is not None
     assert error(found, exact.grad) < 2e-6
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+def test_attention_on_processors_with_fewer_lanes(march: str, tmp_path: Path) -> None:
+    """4 and 8 lanes instead of 16: other tiles, and rows of up to 16 vectors."""
+    sources = sorted(Path(native.__file__).parent.glob("*.c"))
+    words = ["cc", "-O2", f"-march={march}", "-fopenmp", "-shared", "-fPIC", *map(str, sources)]
+    subprocess.run([*words, "-o", str(tmp_path / "kernels.so")], check=True)
+    kernels = native._declare(ctypes.CDLL(str(tmp_path / "kernels.so")))
+    for dim in (1, 2, 5, 9, 16, 25, 33, 48, 64):
+        for tokens in (1, 2, 17, 50):
+            qkv, grad = torch.randn(2, tokens, 3, 2, dim), torch.randn(2, tokens, 2, dim)
+            exact = qkv.double().requires_grad_()
+            expected = written_out(exact)
+            expected.backward(grad.double())
+            out, lse, found = torch.empty_like(grad), torch.empty(2, 2, tokens), torch.empty_like(qkv)
+            shape = (2, tokens, 2, dim, dim**-0.5, 0, 2)
+            assert kernels.eit_attention_forward(qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), *shape) == 0
+            pointers = [tensor.data_ptr() for tensor in (qkv, out, lse, grad, found)]
+            assert kernels.eit_attention_backward(*pointers, *shape) == 0
+            assert error(out, expected) < 1e-6
+            assert exact.grad is not None
+            assert error(found, exact.grad) < 2e-6
 
 
 @needs_kernel

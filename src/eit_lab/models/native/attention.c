@@ -117,37 +117,36 @@ INLINE void mix(int M, vec *ot, const vec *p, const float *v, int pitch, int N, 
     }
 }
 
-/* out[j] += sum_i p[j][i] rows[i] for `num` keys: along the width, C vectors of it. */
-INLINE void spread_tile(int C, int num, float *out, const float *p, int lanes, const float *rows, int count) {
+/* out[j] += sum_i p[j][i] rows[i] for `num` keys: along the width, C vectors of it from `first` on, of P that a row has. */
+INLINE void spread_tile(int C, int num, int P, int first, vec *out, const float *p, int lanes, const vec *rows, int count) {
     vec acc[12][4];
     for (int j = 0; j < num; j++)
-        for (int c = 0; c < C; c++) acc[j][c] = ((vec *)out)[j * C + c];
+        for (int c = 0; c < C; c++) acc[j][c] = out[j * P + first + c];
     for (int i = 0; i < count; i++) {
         vec row[4];
-        for (int c = 0; c < C; c++) row[c] = ((const vec *)rows)[i * C + c];
+        for (int c = 0; c < C; c++) row[c] = rows[i * P + first + c];
         for (int j = 0; j < num; j++) {
             vec weight = same(p[(size_t)j * lanes + i]);
             for (int c = 0; c < C; c++) acc[j][c] += weight * row[c];
         }
     }
     for (int j = 0; j < num; j++)
-        for (int c = 0; c < C; c++) ((vec *)out)[j * C + c] = acc[j][c];
+        for (int c = 0; c < C; c++) out[j * P + first + c] = acc[j][c];
 }
 
-INLINE void spread_by(int C, int num, float *out, const float *p, int lanes, const float *rows, int count, int N) {
+INLINE void spread_by(int C, int num, int P, int first, vec *out, const float *p, int lanes, const vec *rows, int count, int N) {
     int j = 0;
     for (; j + num <= N; j += num)
-        spread_tile(C, num, out + (size_t)j * C * LANES, p + (size_t)j * lanes, lanes, rows, count);
-    for (; j < N; j++) spread_tile(C, 1, out + (size_t)j * C * LANES, p + (size_t)j * lanes, lanes, rows, count);
+        spread_tile(C, num, P, first, out + (size_t)j * P, p + (size_t)j * lanes, lanes, rows, count);
+    for (; j < N; j++) spread_tile(C, 1, P, first, out + (size_t)j * P, p + (size_t)j * lanes, lanes, rows, count);
 }
 
-static void spread(int C, float *out, const float *p, int lanes, const float *rows, int count, int N) {
-    switch (C) {
-        case 1: spread_by(1, MOST == 2 ? 6 : 12, out, p, lanes, rows, count, N); return;
-        case 2: spread_by(2, MOST == 2 ? 4 : 8, out, p, lanes, rows, count, N); return;
-        case 3: spread_by(3, MOST == 2 ? 3 : 6, out, p, lanes, rows, count, N); return;
-        case 4: spread_by(4, MOST == 2 ? 2 : 4, out, p, lanes, rows, count, N); return;
-        default: __builtin_unreachable();
+static void spread(int P, vec *out, const float *p, int lanes, const vec *rows, int count, int N) {
+    for (int first = 0; first < P; first += 4) switch (P - first) {
+        case 1: spread_by(1, LANES == 8 ? 6 : 12, P, first, out, p, lanes, rows, count, N); break;
+        case 2: spread_by(2, LANES == 8 ? 4 : 8, P, first, out, p, lanes, rows, count, N); break;
+        case 3: spread_by(3, LANES == 8 ? 3 : 6, P, first, out, p, lanes, rows, count, N); break;
+        default: spread_by(4, LANES == 8 ? 2 : 4, P, first, out, p, lanes, rows, count, N); break;
     }
 }
 
@@ -228,7 +227,7 @@ int eit_attention_forward(const void *qkv, void *out, float *lse, int64_t B, int
 INLINE void backward_block(int M, const float *k, const float *v, float *dk, float *dv, float *work, void *dqkv, const float *lse,
                            const void *qkv, const void *out, const void *dout, size_t base, size_t step, size_t out_base,
                            size_t out_step, int first, int rows, int N, int d, int pitch, float scale, int bf16) {
-    const int lanes = M * LANES, C = pitch / LANES;
+    const int lanes = M * LANES, P = pitch / LANES;
     float *q = work, *g = q + (size_t)lanes * pitch, *qt = g + (size_t)lanes * pitch, *gt = qt + (size_t)lanes * d,
           *dqt = gt + (size_t)lanes * d, *p = dqt + (size_t)lanes * d, *ds = p + (size_t)N * lanes;
     float delta[MOST * LANES] = {0}, top[MOST * LANES] = {0}, row[256];
@@ -259,8 +258,8 @@ INLINE void backward_block(int M, const float *k, const float *v, float *dk, flo
         for (int c = 0; c < d; c++) row[c] = dqt[c * lanes + i] * scale;
         store_row(dqkv, base + (size_t)(first + i) * step, row, d, bf16);
     }
-    spread(C, dv, p, lanes, g, rows, N);
-    spread(C, dk, ds, lanes, q, rows, N); /* q carries scale log2 e; dk is divided by log2 e at the end */
+    spread(P, (vec *)dv, p, lanes, (const vec *)g, rows, N);
+    spread(P, (vec *)dk, ds, lanes, (const vec *)q, rows, N); /* q carries scale log2 e; dk is divided by log2 e at the end */
 }
 
 /* Gradient dqkv (B, N, 3, H, d) from that of out. Returns 0, or 1 where memory ran out. */
