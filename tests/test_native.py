@@ -209,6 +209,32 @@ def test_a_compiler_that_fails_is_named_in_one_line(tmp_path: Path, monkeypatch:
 
 
 @needs_kernel
+def test_half_a_library_is_compiled_anew_and_a_folder_of_others_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "empty.c"
+    names = ("attention_forward", "attention_backward", "gelu", "gelu_backward")
+    source.write_text("".join(f"int eit_{name}() {{ return 0; }}\n" for name in names))
+    monkeypatch.setattr(native, "_SOURCES", [source])
+    monkeypatch.setenv("EIT_LAB_CACHE", str(tmp_path / "cache"))
+    try:
+        kept = native._built("cc")
+        assert kept.parent == tmp_path / "cache" / "native"
+        kept.write_bytes(b"half")
+        native.library.cache_clear()
+        assert isinstance(native.library(), ctypes.CDLL)
+        assert kept.stat().st_size > 4
+        kept.parent.chmod(0o777)
+        kept.write_bytes(b"of somebody else")
+        native.library.cache_clear()
+        assert isinstance(native.library(), ctypes.CDLL)
+        assert kept.read_bytes() == b"of somebody else"
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+@needs_kernel
 def test_the_kernel_is_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a compiler that counts its calls and makes an empty library of the right names at once."""
     source = tmp_path / "empty.c"
@@ -325,6 +351,34 @@ def test_the_activation_is_not_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         mlp(torch.randn(4, 100, 8, requires_grad=True))
     assert kept.count(4 * 100 * 32) == 1  # what the activation is made from
+
+
+@needs_kernel
+def test_an_mlp_that_somebody_changed_or_listens_to_is_computed_layer_by_layer() -> None:
+    mlp, x = Mlp(6, hidden_dim=24), torch.randn(3, 6)
+    seen = list[torch.Size]()
+    handle = mlp.fc2.register_forward_hook(lambda layer, args, out: seen.append(out.shape))
+    expected = mlp(x)
+    handle.remove()
+    assert seen == [torch.Size([3, 6])]
+    torch.testing.assert_close(mlp(x), expected)
+    mlp.act = nn.ReLU()
+    torch.testing.assert_close(mlp(x), mlp.fc2(mlp.fc1(x).relu()))
+
+
+@needs_kernel
+def test_transforms_of_torch_func_take_torchs_own_way() -> None:
+    model = create_model("eit_nano", num_classes=3, img_size=32).eval()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    images = torch.randn(2, 3, 32, 32)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (images,)).square().sum()
+
+    found = torch.func.grad(loss)(weights)
+    model(images).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert error(found[name], parameter.grad.double()) < 1e-4, name
 
 
 # ------------------------------------------------------------------------------------------------------------- whole models

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt, malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # of mallopt, malloc.h
 _NEVER = 2**31 - 1
 _LARGEST_KEPT = 2**30  # bytes; what is larger goes back, such as a copy of a whole data set
 
 
 def keep_memory() -> bool:
-    """Tell the C library; False where it is not glibc. For the whole process, and for what it forks.
+    """Tell the C library; False where it is not glibc, or refuses. For the whole process, and for what it forks.
 
     The most that was in use at once stays with the process until it ends. One arena: the thread of the backward pass finds what the
     forward pass has freed.
@@ -24,5 +24,7 @@ def keep_memory() -> bool:
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    told = [(_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, _NEVER), (_ARENA_MAX, 1)]
-    return [libc.mallopt(what, value) for what, value in told] == [1] * len(told)
+    # Older versions refuse so large a threshold. A trim threshold alone would make it worse: it ends glibc's own adapting.
+    if not (libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or libc.mallopt(_MMAP_MAX, 0)):
+        return False
+    return [libc.mallopt(_TRIM_THRESHOLD, _NEVER), libc.mallopt(_ARENA_MAX, 1)] == [1, 1]

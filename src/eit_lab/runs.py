@@ -121,7 +121,9 @@ def code_hash() -> str:
         path = here / room
         files += sorted([*path.rglob("*.py"), *path.rglob("*.[ch]")]) if path.is_dir() else [path]
     contents = {str(file.relative_to(here)): file.read_bytes() for file in files}
-    plain = hashlib.sha256(sys.version.encode())  # the tree's form is Python's own
+    plain = hashlib.sha256(
+        f"1 {sys.version}".encode()
+    )  # what _without_words does, and the tree's form, which is Python's own
     for name, content in contents.items():
         plain.update(f"{name}\n{len(content)}\n".encode() + content)
     known = user_cache() / "code" / plain.hexdigest()[:32]

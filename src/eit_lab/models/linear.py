@@ -7,6 +7,7 @@ bfloat16 both ways end in oneDNN, but torch's adds the bias in a pass of its own
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 _NARROW = 48  # channels; below, packing the operands costs more than the product wins
@@ -31,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``: (..., i), (o, i), (o) -> (..., o)."""
     if x.device.type != "cpu" or not is_plain(x):
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype or not _takes(x.dtype) or x.numel() == 0:
@@ -86,13 +88,21 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Numbers in memory: nothing traces or compiles this call."""
-    return type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+    """Numbers in memory: nothing traces, compiles or transforms this call, so that a function of our own may take it."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 @cache
 def _takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN's product is there for a type, and faster than torch's own on this processor."""
+    if os.environ.get("EIT_LAB_NATIVE", "1") == "0":
+        return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if dtype == torch.bfloat16:

@@ -29,9 +29,9 @@ class Mlp(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         hidden = self.fc1(x)
-        weight, bias = self.fc2.weight, self.fc2.bias
-        if not _can_run(hidden):
+        if not (_can_run(hidden) and _is_as_built(self.act, self.fc2)):
             return self.fc2(self.act(hidden))
+        weight, bias = self.fc2.weight, self.fc2.bias
         out: Tensor = _Activated.apply(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
         return out
 
@@ -48,11 +48,16 @@ class _Activated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias."""
         hidden, weight = ctx.saved_tensors
+        _, needs_weight, needs_bias = ctx.needs_input_grad
         activation, dhidden = gelu_and_gradient(hidden, input_gradient(grad, weight))
-        return dhidden, weight_gradient(grad, activation), grad.reshape(-1, grad.shape[-1]).sum(0)
+        return (
+            dhidden,
+            weight_gradient(grad, activation) if needs_weight else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None,
+        )
 
 
 def _can_run(hidden: Tensor) -> bool:
@@ -62,4 +67,15 @@ def _can_run(hidden: Tensor) -> bool:
         and is_plain(hidden)
         and hidden.numel() > 0
         and not isinstance(library(), str)
+    )
+
+
+def _is_as_built(act: nn.Module, fc2: nn.Module) -> bool:
+    """Whether the two are what this file made them: nobody exchanged or wrapped one, or listens to it."""
+    return (
+        type(act) is nn.GELU
+        and act.approximate == "none"
+        and type(fc2) is Linear
+        and fc2.bias is not None
+        and not any(hooks for one in (act, fc2) for hooks in (one._forward_hooks, one._forward_pre_hooks))
     )

@@ -36,7 +36,7 @@ _CPU_WIDTH_NATIVE = {torch.bfloat16: 48, torch.float32: 64}
 
 # Without it, up to so many tokens the product written out beats the fused kernel on CPU, forwards and with its backward:
 # benchmarks/records/attention-cpu.md, `python benchmarks/attention.py`.
-_CPU_TOKENS_WRITTEN_OUT = {torch.bfloat16: 512, torch.float32: 80}
+_CPU_TOKENS_WRITTEN_OUT = {torch.bfloat16: 512, torch.float32: 32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

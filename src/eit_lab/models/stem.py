@@ -89,7 +89,7 @@ def convolve_image(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or not is_plain(x):
         return conv(x)
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype("cpu"))
     if x.dtype != torch.bfloat16:
         return conv(x.contiguous(memory_format=torch.channels_last))

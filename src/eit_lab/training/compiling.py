@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from eit_lab.caches import user_cache
+from eit_lab.caches import private_folder
 from eit_lab.config import CUDA_GRAPH_MODES, CompileMode, Config, ConfigError, TimmConfig
 from eit_lab.finetune import run_folder_of
 from eit_lab.models.backbone import Backbone
@@ -189,10 +189,6 @@ def _keep_in_cache() -> None:
     """Compiled graphs in the user's own cache, not in /tmp, which a machine forgets. A cache that cannot be written is none."""
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    folder = user_cache() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(folder, os.W_OK):
+    folder = private_folder("compiled")
+    if folder is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

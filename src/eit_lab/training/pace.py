@@ -265,7 +265,9 @@ class StepLog(Callback):
             self._judged = self._mark()
         if self._step % self.every and self._step != self.plan.total_steps:
             return
-        self.flush(trainer, pl_module)
+        self._go_on(
+            trainer, pl_module, wait=True
+        )  # the row before: its step has been read by now, only answers may be missing
         if self.peak is None and self.clock.steps:
             began = time.perf_counter()
             self.peak = measure_peak(pl_module.device, precision=str(trainer.precision))
@@ -317,10 +319,12 @@ class StepLog(Callback):
             self._write(trainer, module, row, row.others.take())
 
     def flush(self, trainer: Trainer, module: Classifier) -> None:
-        """Write what is still to be written, waiting for it. All processes must call."""
-        if self._row is not None:
-            module.settle()
-            self._go_on(trainer, module, wait=True)
+        """Write what is still to be written, waiting for it. All processes must call.
+
+        Each of them reads its last steps, whether or not its own row is written already: what is asked next must be the same question.
+        """
+        module.settle()
+        self._go_on(trainer, module, wait=True)
 
     def _write(self, trainer: Trainer, module: Classifier, row: _Row, table: torch.Tensor) -> None:
         assert row.facts is not None

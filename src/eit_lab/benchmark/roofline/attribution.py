@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 from torch.profiler import record_function
 
+from eit_lab.models.backbone import Backbone
+
 STEP = "eit_lab/step"
 _SCOPE = "eit_lab/scope/"
 _ENGINE = "autograd::engine::evaluate_function: "
@@ -99,7 +101,7 @@ def scopes(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for place, module in model.named_modules():
-            kind = kind_of(place, module)
+            kind = kind_of(place, module, literal=not isinstance(model, Backbone))
             if kind is not None:
                 name = f"{_SCOPE}{kind}/{place}"
                 stack.callback(module.register_forward_pre_hook(partial(enter, name)).remove)
@@ -107,8 +109,8 @@ def scopes(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def kind_of(place: str, module: nn.Module) -> str | None:
-    """What a module is, by its place and its type; None for one that has no scope of its own."""
+def kind_of(place: str, module: nn.Module, *, literal: bool = True) -> str | None:
+    """What a module is, by its place and its type; None for one that has no scope of its own. ``literal``: not of our backbone."""
     last = place.rpartition(".")[2]
     if place == "":
         return "model"
@@ -116,6 +118,8 @@ def kind_of(place: str, module: nn.Module) -> str | None:
         return "stem" if place == "stem" else None
     if ".mixer.conv" in place:
         return "conv" if last == "conv" and place.endswith(".mixer.conv") else None
+    if place.endswith((".mlp.act", ".mlp.fc2")) and not literal:
+        return None  # ours may compute both in one, unless somebody listens to them
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.LayerNorm):

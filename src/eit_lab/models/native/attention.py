@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eit_lab.models.linear import is_plain
 from eit_lab.models.native.library import kernels, library, threads
 
 WIDEST = 64
@@ -55,13 +56,11 @@ def native_attention(qkv: Tensor) -> Tensor:
 def can_run(qkv: Tensor) -> bool:
     """Whether the kernel takes this tensor: real numbers in a CPU's memory, no graph being traced, and a kernel there."""
     return (
-        type(qkv) is Tensor
+        is_plain(qkv)
         and qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
         and qkv.shape[-1] <= WIDEST
         and qkv.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
         and not isinstance(library(), str)
     )
 

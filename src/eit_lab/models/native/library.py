@@ -7,6 +7,7 @@ torch's kernels compute the same function, in more time.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch  # its OpenMP must be in the process before ours is asked for: then both are one, with one pool of threads
 
-from eit_lab.caches import user_cache
+from eit_lab.caches import private_folder
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -35,12 +36,19 @@ def library() -> ctypes.CDLL | str:
         return "EIT_LAB_NATIVE=0"
     if platform.system() != "Linux":
         return f"not built on {platform.system()}"
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    compiler = next(
+        (found for name in (os.environ.get("CC") or "cc", "cc", "gcc", "clang") if (found := shutil.which(name))), None
+    )
     if compiler is None:
         return "no C compiler (cc, gcc, clang)"
     try:
-        return _declare(ctypes.CDLL(str(_built(compiler))))
-    except (OSError, subprocess.SubprocessError) as error:
+        built = _built(compiler)
+        try:
+            return _declare(ctypes.CDLL(str(built)))
+        except OSError:  # half a file, of a machine that went down
+            built.unlink()
+            return _declare(ctypes.CDLL(str(_built(compiler))))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         return f"{compiler}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
 
 
@@ -59,12 +67,12 @@ def _built(compiler: str) -> Path:
     ).stdout
     key = "\n".join([*words, version, _processor(), *(path.read_text() for path in [*_HEADERS, *_SOURCES])])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    folder = _folder()
+    folder = private_folder("native") or _own_folder()
     if not (folder / name).is_file():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / name
             done = subprocess.run(
-                [*words, *map(str, _SOURCES), "-o", str(made)],
+                [*words, *map(str, _SOURCES), "-lm", "-o", str(made)],
                 capture_output=True,
                 text=True,
                 timeout=_SECONDS,
@@ -76,19 +84,12 @@ def _built(compiler: str) -> Path:
     return folder / name
 
 
-def _folder() -> Path:
-    """Where compiled kernels stay: the user's caches, or where those cannot be written a folder of this process."""
-    folder = user_cache() / "native"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return _own_folder()
-    return folder if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid() else _own_folder()
-
-
 @cache
 def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="eit_lab-native-"))
+    """Of this process alone, where nothing can be kept."""
+    folder = Path(tempfile.mkdtemp(prefix="eit_lab-native-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _processor() -> str:
