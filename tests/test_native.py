@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_half_a_library_is_compiled_anew_and_a_folder_of_others_is_not_trusted(
     monkeypatch.setattr(native, "_SOURCES", [source])
     monkeypatch.setenv("EIT_LAB_CACHE", str(tmp_path / "cache"))
     try:
-        kept = native._built("cc")
+        kept = native._built(str(shutil.which("cc")))
         assert kept.parent == tmp_path / "cache" / "native"
         kept.write_bytes(b"half")
         native.library.cache_clear()
