@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def test_torch_export_gives_the_modules_logits_at_any_batch_size(
 ) -> None:
     path = tmp_path / "model.pt2"
     assert export(f"run={run}", "format=torch", "weights=ema", f"out={path}") == 0
-    assert "check  read back: largest difference of a logit 0 at batch 1, 0 at batch 3" in capsys.readouterr().out
+    found = re.search(r"largest difference of a logit (\S+) at batch 1, (\S+) at batch 3", capsys.readouterr().out)
+    assert found is not None
+    # The module has kernels of its own on CPU, a program has torch's.
+    assert max(map(float, found.groups())) < 1e-6
     extra = {"eit_lab.json": ""}
     program = torch.export.load(path, extra_files=extra).module()
     model = module_of(run, "ema")
