@@ -60,6 +60,7 @@ def test_the_pictures_are_like_imagenets_and_made_once(cache: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_photographs_of_a_folder_are_reduced_before_they_are_cut(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     stripes = np.zeros((800, 2500, 3), dtype=np.uint8)

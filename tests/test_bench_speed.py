@@ -113,6 +113,7 @@ def test_timms_vit_has_our_width_depth_heads_and_tokens() -> None:
     assert theirs.macs == size.depth * block + 64 * width * 3 * 4 * 4 + width * 1000
 
 
+@pytest.mark.slow
 def test_a_training_step_learns_and_the_literal_one_starts_at_the_same_loss() -> None:
     ours, literal = (Contender(request(peer)) for peer in ("eit_lab", "literal"))
     first = ours.warm_up("float32")["first_loss"]

@@ -295,6 +295,7 @@ def test_the_wait_share_is_the_time_in_the_loader_over_the_time_of_training(
     assert record["data_wait_share"] > 0.3
 
 
+@pytest.mark.slow
 def test_every_row_has_its_speed_and_memory_and_says_where_the_peak_comes_from(here: Path) -> None:
     assert train("recipe.epochs=1") == 0
     assert train("recipe.epochs=1", "trainer.peak_tflops=2.0", "run.root=told", "seed=1") == 0

@@ -202,6 +202,7 @@ def test_the_clock_and_the_best_survive_a_restart(here: Path, stop_after: Callab
     assert {"val/acc1", "val/acc1_ema"} <= record["best"].keys()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_state_falls_back_to_the_one_before(
     here: Path, stop_after: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

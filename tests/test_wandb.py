@@ -212,6 +212,7 @@ def test_a_failed_job_is_failed_on_the_server_and_its_resume_is_the_same_run(
 # -------------------------------------------------------------------------------------------------------- offline and absent
 
 
+@pytest.mark.slow
 def test_offline_asks_no_server_and_the_last_line_sends_every_part_as_one_run(
     server: WandbServer, make_log: MakeLog, capfd: pytest.CaptureFixture[str]
 ) -> None:
