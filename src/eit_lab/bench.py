@@ -144,6 +144,7 @@ def _main(argv: list[str]) -> int:
 
 def _options(words: Sequence[str]) -> Options:
     from eit_lab.benchmark.words import read_words
+    from eit_lab.caches import user_cache
     from eit_lab.config import ConfigError
 
     told = read_words(words, _DEFAULTS, verb="data")
@@ -164,8 +165,6 @@ def _options(words: Sequence[str]) -> Options:
         raise ConfigError(
             f"images must be {_FEWEST_BATCHES} batches ({batch} each) or more, and 100, got {images}; nearest: {least}"
         )
-    cache = told["cache"] or os.environ.get("EIT_LAB_CACHE") or ""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eit_lab"
     return Options(
         images=images,
         photos=told["photos"] or None,
@@ -173,7 +172,7 @@ def _options(words: Sequence[str]) -> Options:
         rounds=int(told["rounds"]),
         seconds=seconds,
         batch=batch,
-        cache=(Path(cache).expanduser() if cache else default) / "bench",
+        cache=(Path(told["cache"]).expanduser() if told["cache"] else user_cache()) / "bench",
         fresh=told["fresh"] == "true",
     )
 

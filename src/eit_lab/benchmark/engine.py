@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from eit_lab.benchmark.processor import machine
 from eit_lab.benchmark.words import read_words
 from eit_lab.compose import parse_flags
 from eit_lab.config import ConfigError
@@ -81,7 +81,7 @@ def measure(*, jobs: int, rounds: int) -> dict[str, Any]:
             "seconds": _many(jobs),
             "one_step": _one_step(rounds),
             "cores": len(os.sched_getaffinity(0)),
-            "machine": platform.processor() or platform.machine(),
+            "machine": machine(),
             "load": os.getloadavg()[0],
             "commit": code_state()[0],
             "date": time.strftime("%Y-%m-%d"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from eit_lab.benchmark.processor import machine
 from eit_lab.benchmark.words import read_words
 from eit_lab.config import ConfigError
 from eit_lab.runs import code_state, versions, write_text
@@ -131,7 +131,7 @@ def _measure(options: _Options, advance: Callable[[str, int, int], None]) -> dic
         "img_size": _IMG_SIZE,
         "device": device_name(torch.device(options.device)),
         "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "commit": code_state()[0],
         "date": time.strftime("%Y-%m-%d"),
         **{key: value for key, value in versions().items() if key in ("python", "packages", "eit_lab")},

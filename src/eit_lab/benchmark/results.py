@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from statistics import median
 from typing import Any, TypeAlias
 
 from eit_lab.benchmark.gpu import MFU_SHARES, PEAK_FLOPS, Appetite, appetites
+from eit_lab.benchmark.processor import machine
 from eit_lab.benchmark.table import Cell, Row, markdown_table, rates_figure, text_table, write
 from eit_lab.benchmark.turns import Spread, ratio
 from eit_lab.report.figure import save_figure
@@ -98,7 +98,7 @@ class Summary:
                     spread = Spread.of(self.results.rates[name_of(loader, workers)])
                     spreads[name], colours[name] = (spread.median, spread.low, spread.high), _COLOURS[loader]
             save_figure(
-                rates_figure(spreads, colours, f"{_cpu()}, {_mean_kb(self.results)} KB a JPEG"), folder / "data"
+                rates_figure(spreads, colours, f"{machine()}, {_mean_kb(self.results)} KB a JPEG"), folder / "data"
             )
         except OSError as error:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Summary:
             "date": time.strftime("%Y-%m-%d"),
             "command": self.command,
             "commit": code_state()[0],
-            "cpu": _cpu(),
+            "cpu": machine(),
             "versions": {**versions(), "data": _versions()},
             **asdict(self.results),
             "rows": [row.as_dict() for row in self.rows],
@@ -133,7 +133,7 @@ class Summary:
         return [
             "# Data loading, side by side",
             "",
-            f"- {time.strftime('%Y-%m-%d')}, {_cpu()}, {len(results.cores)} cores; Python {platform.python_version()}, {packages}",
+            f"- {time.strftime('%Y-%m-%d')}, {machine()}, {len(results.cores)} cores; Python {platform.python_version()}, {packages}",
             f"- command: `{self.command}`",
             f"- {_material(results)}",
             f"- load average {results.load[0]:.1f} before, {results.load[1]:.1f} after (what is measured here included)",
@@ -303,9 +303,3 @@ def _material(results: Results) -> str:
 def _versions() -> dict[str, str]:
     names = ("torch", "torchvision", "timm", "pillow", "simplejpeg", "opencv-python-headless", "numpy")
     return {name: metadata.version(name) for name in names}
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()

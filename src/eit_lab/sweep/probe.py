@@ -17,9 +17,9 @@ from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from typing import IO, Any
 
+from eit_lab.caches import user_cache
 from eit_lab.command import RunError
 from eit_lab.config import Config, ConfigError
-from eit_lab.data.roots import cache_folder
 from eit_lab.loading import dump
 from eit_lab.processes import LAUNCH_VARIABLES, PARENT
 from eit_lab.runs import code_hash, write_text
@@ -91,7 +91,7 @@ class Probe:
         data = dump(config.data)
         what = [request, dump(config.model), num_classes, data["img_size"], data["in_chans"], code_hash()]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-        path = cache_folder(os.environ.get("EIT_LAB_CACHE")) / "costs" / f"{key}.json"
+        path = user_cache() / "costs" / f"{key}.json"
         with suppress(OSError, ValueError):
             known: dict[str, int] = json.loads(path.read_text())
             return known

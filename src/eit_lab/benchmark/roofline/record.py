@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eit_lab.benchmark.processor import machine
 from eit_lab.config import ConfigError
 from eit_lab.runs import code_state, versions
 
@@ -90,13 +89,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise ConfigError(f"before must be records of `bench profile` (profile-*.json), got {path}")
     return record
-
-
-def machine() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
 
 
 # ------------------------------------------------------------------------------------------------------- sums of a record
