@@ -21,8 +21,11 @@ from PIL import Image
 for name in ("EIT_LAB_IMAGENET", "EIT_LAB_DATA", "EIT_LAB_RUNS", "WANDB_MODE"):
     os.environ.pop(name, None)
 # Lists of files that the tests' roots leave behind do not belong into the user's own cache.
-os.environ["EIT_LAB_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
-atexit.register(shutil.rmtree, os.environ["EIT_LAB_CACHE"], ignore_errors=True)
+# pytest's workers share one: the kernels for CPUs are compiled once.
+if "EIT_LAB_TESTS_CACHE" not in os.environ:
+    os.environ["EIT_LAB_TESTS_CACHE"] = tempfile.mkdtemp(prefix="eit_lab-tests-")
+    atexit.register(shutil.rmtree, os.environ["EIT_LAB_TESTS_CACHE"], ignore_errors=True)
+os.environ["EIT_LAB_CACHE"] = os.environ["EIT_LAB_TESTS_CACHE"]
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,7 @@ def test_a_layer_that_cannot_be_filtered_is_one_line(model: Backbone, layer: str
     )
 
 
+@pytest.mark.slow
 def test_tokens_of_timms_vit_are_filtered_as_those_of_ours_with_the_same_weights(tmp_path: Path) -> None:
     import timm
 

@@ -288,6 +288,7 @@ def test_help_whose_reader_has_gone_is_no_error() -> None:
 # ------------------------------------------------------------------------------------------------------------- several runs
 
 
+@pytest.mark.slow
 def test_several_runs_are_put_beside_each_other_and_a_damaged_one_stops_none(
     run: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +326,7 @@ def _copy(run: Path, to: Path, *, arm: str) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_models_that_were_shown_other_images_are_not_compared(
     run: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,6 +367,7 @@ def test_processes_that_are_interrupted_stop_all_and_those_that_fail_stop_none(
     assert len(started) == analysed
 
 
+@pytest.mark.slow
 def test_the_model_page_and_the_page_of_images_are_drawn_later_too(run: Path, tmp_path: Path) -> None:
     words = [f"run={run}", f"out={tmp_path}", "filter_images=0", "field_images=0", "pictures=2", "images=32"]
     assert main([*words, "figures=false"]) == 0

@@ -146,6 +146,7 @@ def test_rounds_take_every_loader_once_and_turn_the_order_around() -> None:
     assert rates == {"a": [1.0, 6.0], "b": [2.0, 5.0], "c": [3.0, 4.0]}
 
 
+@pytest.mark.slow
 def test_the_large_index_reads_the_same_records(cache: Path) -> None:
     material, _ = made(cache)
     large = large_root(material.shards, cache / "large", num_samples=250)
@@ -197,6 +198,7 @@ def test_each_goal_is_met_or_missed_in_words() -> None:
     assert verdicts["DeiT recipe, files over timm"] == ""
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_leaves_the_row_with_its_reason(tmp_path: Path) -> None:
     summary = summarise(some_results(limit=None, no_limit="no C compiler here"), command="x")
     (row,) = [row for row in summary.rows if "libjpeg-turbo" in row.what]

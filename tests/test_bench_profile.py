@@ -243,7 +243,7 @@ def test_on_a_gpu_kernels_count_and_the_backwards_thread_is_another() -> None:
 @pytest.mark.parametrize(
     "peer",
     [
-        "literal",
+        pytest.param("literal", marks=pytest.mark.slow),
         "eit_lab:attention=sdpa",
         pytest.param("eit_lab", marks=pytest.mark.slow),  # compiles the kernel
     ],

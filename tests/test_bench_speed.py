@@ -76,6 +76,7 @@ def test_what_the_literal_model_does_not_compute_it_refuses(changes: dict[str, A
         Literal(model)
 
 
+@pytest.mark.slow
 def test_the_model_by_hand_has_the_published_number_of_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand.main(["250", "5", "10", "1000", "16", "4", "3"])
     by_hand.main(["250", "5", "10", "10", "8", "2", "2", "2", "32"])  # with a step

@@ -309,6 +309,7 @@ def test_a_model_that_cannot_compute_blocks_anew_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------------ through a run
 
 
+@pytest.mark.slow
 def test_a_run_says_how_it_is_run_and_blocks_anew_are_the_same_run(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,10 +90,10 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     "args",
     [
         ["model.ib.strength=2"],
-        ["model=eit_bse"],
-        ["-m", "model=vit_mini,eit_mini", "seed=0,1,x"],
+        pytest.param(["model=eit_bse"], marks=pytest.mark.slow),
+        pytest.param(["-m", "model=vit_mini,eit_mini", "seed=0,1,x"], marks=pytest.mark.slow),
         ["--help"],
-        ["--cfg", "job"],
+        pytest.param(["--cfg", "job"], marks=pytest.mark.slow),
     ],
 )
 def test_an_answer_comes_before_torch_and_within_a_second(command: Command, args: list[str]) -> None:

@@ -103,6 +103,7 @@ def test_the_same_command_skips_what_is_finished_and_new_seeds_are_added(small: 
         assert (manifest.folder / job.entry.folder / "record.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_said_with_its_reason_and_retried_as_told(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_fail_fast_does_not_call_those_failed_that_it_stopped(small: Path) -> No
     assert states(small) == {500: "preempted", 666: "failed", 1: "waiting"}
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_hear_ctrl_c_is_killed_after_the_second(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

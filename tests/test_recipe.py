@@ -129,6 +129,7 @@ def test_layer_decay_falls_from_the_head_down() -> None:
     assert rates["stem.conv.weight"] == rates["cls_token"] == 0.5**6
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_running_average_of_every_steps_weights(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_averaged_weights_are_the_running_average_of_every_steps_weights(
     assert result["test/loss"] != result["test/loss_ema"]
 
 
+@pytest.mark.slow
 def test_a_run_says_how_far_it_is_from_the_published_epoch(
     here: Path, lookalike: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,11 +58,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("hook", "at_step", "signum", "status", "stopped_after"),
     [
-        ("training_step", 4, signal.SIGTERM, 75, 5),
-        ("training_step", 13, signal.SIGUSR2, 75, 14),  # in the last step of the first epoch: its validation is to come
-        ("validation_step", 14, signal.SIGTERM, 75, 14),
-        ("training_step", 17, signal.SIGINT, 130, 18),
-        ("test_step", 0, signal.SIGTERM, 75, 28),
+        pytest.param("training_step", 4, signal.SIGTERM, 75, 5, marks=pytest.mark.slow),
+        # In the last step of the first epoch: its validation is to come.
+        ("training_step", 13, signal.SIGUSR2, 75, 14),
+        pytest.param("validation_step", 14, signal.SIGTERM, 75, 14, marks=pytest.mark.slow),
+        pytest.param("training_step", 17, signal.SIGINT, 130, 18, marks=pytest.mark.slow),
+        pytest.param("test_step", 0, signal.SIGTERM, 75, 28, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_stops_after_the_step_with_the_state_saved_and_the_same_command_goes_on(
@@ -271,6 +272,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_is_intact(
     assert list(compare(only_run(here / "alone"), folder)) == []
 
 
+@pytest.mark.slow
 def test_a_vanished_data_root_is_one_line_and_the_run_goes_on_when_it_is_back(
     here: Path, lookalike: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -453,6 +455,7 @@ def test_selftest_proves_it_in_two_processes(signals: str, command: Command) -> 
     assert "identical to the last bit" in done.out
 
 
+@pytest.mark.slow
 def test_selftest_sees_a_difference(here: Path) -> None:
     assert train("run.root=one", "recipe.epochs=1") == 0
     assert train("run.root=two", "recipe.epochs=1") == 0

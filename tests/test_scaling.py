@@ -432,6 +432,7 @@ def test_a_question_is_back_before_anybody_looks_and_the_loop_asks_as_the_model_
     assert max(row["question"] for row in record["rows"]) < 1
 
 
+@pytest.mark.slow
 def test_no_step_of_training_waits_for_another_host(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eit_lab.train import main as train
     from eit_lab.training.ranks import Ranks

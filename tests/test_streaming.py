@@ -251,6 +251,7 @@ def trained(root: object, *more: str) -> tuple[str, ...]:
     return (*TINY_MODEL, f"data.root={root}", "data.img_size=32", "data.val_size=6", "recipe.batch_size=8", *more)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_left_out_up_to_the_budget_counted_and_named(
     folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

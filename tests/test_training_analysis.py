@@ -188,6 +188,7 @@ class Plain(Tap):
         self.cls.append(float(weights[..., 1:, 0].mean()))
 
 
+@pytest.mark.slow
 def test_what_is_looked_at_are_the_raw_weights_on_the_same_held_out_images_whatever_the_seed(here: Path) -> None:
     from eit_lab.data.small import load_small
     from eit_lab.models.build import build_model
@@ -250,6 +251,7 @@ def test_a_model_that_shows_nothing_trains_unseen_and_a_line_says_so(
     assert record_of(only_run(here / "runs"))["analysis"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_every_precision_of_training_can_be_looked_at(precision: str, here: Path) -> None:
     assert train("recipe.epochs=1", f"trainer.precision={precision}", *EVERY) == 0
@@ -284,6 +286,7 @@ def test_a_run_that_ends_inside_an_epoch_is_looked_at_too(here: Path) -> None:
     assert [(look["epoch"], look["step"]) for look in history_of(only_run(here / "runs"))] == [(0, 3), (1, 4)]
 
 
+@pytest.mark.slow
 def test_epochs_between_validations_are_looked_at_too_and_the_clock_of_the_training_stands_still(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_run_arrives_whole_nested_and_under_names_that_read_well(
     assert left_of(pid) == []
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_failed_on_the_server_and_its_resume_is_the_same_run(
     server: WandbServer, make_log: MakeLog
 ) -> None:
@@ -236,6 +237,7 @@ def test_offline_asks_no_server_and_the_last_line_sends_every_part_as_one_run(
     assert log.how_to_sync() is None
 
 
+@pytest.mark.slow
 def test_the_configured_mode_wins_over_an_exported_one_and_disabled_is_absent(
     server: WandbServer, make_log: MakeLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +290,7 @@ def test_without_a_key_nobody_is_asked_and_the_run_is_offline(
 
 @pytest.mark.parametrize(
     "fault",
-    ["refused", pytest.param("401", marks=pytest.mark.slow), pytest.param("500", marks=pytest.mark.slow), "hang"],
+    ["refused", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("401", "500", "hang"))],
 )
 def test_a_bad_start_costs_no_more_than_its_seconds_and_the_run_goes_on_offline(
     fault: Any, server: WandbServer, make_log: MakeLog, capfd: pytest.CaptureFixture[str]
