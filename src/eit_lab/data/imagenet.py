@@ -205,7 +205,10 @@ def load_imagenet(
     root = open_data(config)
     train_reader, test_reader = root.reader("train"), root.reader("val")
     file = train_reader.index.container.astype(np.int64) if root.windowed else None
-    train, val = held_out(len(train_reader), describe(config).num_val, split_seed=config.split_seed, file=file)
+    facts = describe(config)
+    train, val = held_out(
+        len(train_reader), facts.num_val, split_seed=config.split_seed, num_train=facts.num_train, file=file
+    )
     windows = None if file is None else Windows(file[train], config.shuffle_window)
     test = np.arange(len(test_reader))
     image_augment = build_image_augment(config, recipe, seed=seed, exact=config.decode == "pil")

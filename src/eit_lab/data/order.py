@@ -74,18 +74,27 @@ def _generator(seed: int, epoch: int, *, stream: int = 0) -> np.random.Generator
 
 
 def held_out(
-    num_samples: int, num_val: int, *, split_seed: int, file: NDArray[np.int64] | None = None
+    num_samples: int,
+    num_val: int,
+    *,
+    split_seed: int,
+    num_train: int | None = None,
+    file: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(train indices, held-out indices), both sorted: the same slice for every training seed.
 
     With ``file``, the file of each sample, whole files are held out, and one in part: so that an evaluation between two
-    epochs need not fetch all of them.
+    epochs need not fetch all of them. ``num_train`` (all, where it is None) of the others are trained on, drawn image by image
+    whatever their files are, since a file can hold one class only; fewer are a part of more.
     """
-    order = np.random.Generator(np.random.Philox(key=split_seed)).permutation(num_samples)
+    shuffled = np.random.Generator(np.random.Philox(key=split_seed)).permutation(num_samples)
+    order = shuffled
     if file is not None:
         files = np.random.Generator(np.random.Philox(key=(1 << 64) + split_seed)).permutation(int(file.max()) + 1)
         order = order[np.argsort(np.argsort(files)[file[order]], kind="stable")]
-    return np.sort(order[num_val:]), np.sort(order[:num_val])
+    is_val = np.zeros(num_samples, dtype=bool)
+    is_val[order[:num_val]] = True
+    return np.sort(shuffled[~is_val[shuffled]][:num_train]), np.flatnonzero(is_val)
 
 
 def hashed(

@@ -1,4 +1,4 @@
-"""Small data sets, held in memory: digits, Fashion-MNIST, CIFAR-10, CIFAR-100, and synthetic images of any size.
+"""Small data sets, held in memory: digits, MNIST's 5,000, Fashion-MNIST, CIFAR-10, CIFAR-100, synthetic images of any size.
 
 A whole batch is cropped and flipped at once, so there is nothing here for a worker process to do; RandAugment or colour
 jitter, where the recipe asks for it, goes image by image.
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eit_lab.config import ConfigError, DigitsData, RecipeConfig, SyntheticData, TorchvisionData, as_hw
+from eit_lab.config import ConfigError, DigitsData, Mnist5kData, RecipeConfig, SyntheticData, TorchvisionData, as_hw
 from eit_lab.data.batch import FILLER, Batch
-from eit_lab.data.catalog import describe, small_files
+from eit_lab.data.catalog import describe, mnist_5k_file, small_files
 from eit_lab.data.order import Item, held_out, uniform
 from eit_lab.data.rand_augment import ImageAugment, build_image_augment
 
-SmallData = DigitsData | TorchvisionData | SyntheticData
+SmallData = DigitsData | Mnist5kData | TorchvisionData | SyntheticData
 
 _LARGEST_RESIZED = 2**30  # bytes of a data set that is resized as a whole, and so only once
 _RESIZED_AT_ONCE = 1024
-_SPLIT_STREAM = 7  # of the digits' test set, which is the same for every split_seed
+_SPLIT_STREAM = 7  # of the test set of the digits and of MNIST's 5,000, which is the same for every split_seed
 
 
 class InMemoryImages(Dataset[Batch]):
@@ -96,7 +96,8 @@ def load_small(
         _fit(images, config),
         _fit(test_images, config),
     )  # what is large stays as it is, until asked for
-    train, val = held_out(len(images), describe(config).num_val, split_seed=config.split_seed)
+    facts = describe(config)
+    train, val = held_out(len(images), facts.num_val, split_seed=config.split_seed, num_train=facts.num_train)
     return {
         "train": InMemoryImages(images[train], labels[train], config, augment_seed=seed, image_augment=image_augment),
         "val": InMemoryImages(images[val], labels[val], config),
@@ -111,6 +112,8 @@ def _read(config: SmallData) -> tuple[Split, Split]:
     match config:
         case DigitsData():
             return _read_digits(config)
+        case Mnist5kData():
+            return _read_mnist_5k(config)
         case TorchvisionData():
             return _read_torchvision(config)
         case SyntheticData():
@@ -123,6 +126,17 @@ def _read_digits(config: DigitsData) -> tuple[Split, Split]:
     data, target = load_digits(return_X_y=True)
     images = torch.from_numpy((data * (255 / 16)).round().astype(np.uint8)).view(-1, 1, 8, 8)  # 17 grey levels
     labels = torch.from_numpy(target.astype(np.int64))
+    return _split(images, labels, config)
+
+
+def _read_mnist_5k(config: Mnist5kData) -> tuple[Split, Split]:
+    with gzip.open(mnist_5k_file()) as file:  # 784 pixels and the label a line
+        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    return _split(table[:, :-1].view(-1, 1, 28, 28), table[:, -1].long(), config)
+
+
+def _split(images: Tensor, labels: Tensor, config: DigitsData | Mnist5kData) -> tuple[Split, Split]:
+    """A test set drawn from images that come without one."""
     train, test = held_out(len(images), describe(config).num_test, split_seed=_SPLIT_STREAM)
     return (images[train], labels[train]), (images[test], labels[test])
 
