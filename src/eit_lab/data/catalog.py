@@ -32,6 +32,7 @@ _FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 _SMALL_SIZES = {"fashion_mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
 _IMAGENET_1K = (1_281_167, 50_000, 1000)  # train, val, classes
+_TINY_IMAGENET = (100_000, 10_000, 200)
 _CIFAR = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
     "cifar100": ("cifar-100-python", ["train", "test"]),
@@ -70,8 +71,10 @@ def describe(config: DataConfig) -> DataFacts:
 
 
 def published_facts(config: DataConfig) -> DataFacts | None:
-    """The known sizes of ImageNet-1K, Fashion-MNIST or CIFAR where no folder is named yet, else None."""
+    """The known sizes of ImageNet-1K, Tiny-ImageNet, Fashion-MNIST or CIFAR where no folder is named yet, else None."""
     match config:
+        case ImageNetData(root=None, num_classes=200):
+            return _facts(config, *_TINY_IMAGENET, "no files")
         case ImageNetData(root=None):
             return _facts(config, *_IMAGENET_1K, "no files")
         case TorchvisionData(root=None):

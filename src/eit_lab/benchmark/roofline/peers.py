@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from eit_lab.config import ConfigError
-from eit_lab.loading import nearest
+from eit_lab.benchmark.peer_words import read_words
 
 _KEYS = {"eit_lab": ("attention", "head_multiple", "depthwise", "memory"), "literal": ("memory",)}
-_MEMORY = ("kept", "plain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +50,5 @@ class Peer:
 
 def read_peer(text: str) -> Peer:
     """Of a word of the command. ConfigError in one line for a name, a key or a value that there is not."""
-    name, *settings = text.split(":")
-    if name not in _KEYS:
-        raise ConfigError(f"peers must be of {', '.join(_KEYS)}, got {name!r}{nearest(name, list(_KEYS))}")
-    forced: dict[str, str] = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in _KEYS[name]:
-            keys = _KEYS[name]
-            raise ConfigError(f"peers: {name} takes {', '.join(keys)} as :key=value, got {key!r}{nearest(key, keys)}")
-        known = _known(key)
-        if value not in known:
-            raise ConfigError(
-                f"peers: {key} of {name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
-            )
-        forced[key] = value
+    _, forced = read_words(text, _KEYS)
     return Peer(name=text, forced=forced)
-
-
-def _known(key: str) -> tuple[str, ...]:
-    if key == "memory":
-        return _MEMORY
-    from eit_lab.models import paths
-
-    values = {"attention": paths.ATTENTION, "head_multiple": paths.HEAD_MULTIPLES, "depthwise": paths.DEPTHWISE}[key]
-    return tuple(map(str, values))

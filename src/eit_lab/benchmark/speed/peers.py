@@ -9,17 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
-from eit_lab.config import CompileMode, ConfigError
-from eit_lab.loading import nearest
+from eit_lab.benchmark.peer_words import read_words
 
 OURS, LITERAL, COMPILED_VIT = "eit_lab", "literal", "timm_vit:compile=max-autotune"
 MATRIX_PRODUCT = "matrix_product"
 """No peer, but the worker that measures the machine's rate of a large product in the same rounds."""
-_MEMORY = ("kept", "plain")
-_COMPILE = ("auto", "false", *get_args(CompileMode))
-_SWITCH = ("true", "false")
 _KEYS = {
     "eit_lab": ("memory", "compile", "checkpoint", "attention", "head_multiple", "depthwise"),
     "literal": ("memory",),
@@ -72,37 +67,8 @@ class Peer:
 
 def read_peer(text: str) -> Peer:
     """Of a word of the command. ConfigError in one line for a name, a key or a value that there is not."""
-    kind, *settings = text.split(":")
-    if kind not in _KEYS:
-        raise ConfigError(f"peers must be of {', '.join(_KEYS)}, got {text!r}{nearest(kind, list(_KEYS))}")
-    told: dict[str, str] = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in _KEYS[kind]:
-            raise ConfigError(
-                f"peers: {kind} takes {', '.join(_KEYS[kind])} as :key=value, got {setting!r}{nearest(key, _KEYS[kind])}"
-            )
-        known = _known(key)
-        if value not in known:
-            raise ConfigError(
-                f"peers: {key} must be one of {', '.join(known)}, got {value!r}{nearest(value, list(known))}"
-            )
-        told[key] = value
+    kind, told = read_words(text, _KEYS)
     return Peer(name=text, kind=kind, settings=told)
-
-
-def _known(key: str) -> tuple[str, ...]:
-    match key:
-        case "memory":
-            return _MEMORY
-        case "compile":
-            return _COMPILE
-        case "checkpoint":
-            return _SWITCH
-    from eit_lab.models import paths  # torch with it
-
-    values = {"attention": paths.ATTENTION, "head_multiple": paths.HEAD_MULTIPLES, "depthwise": paths.DEPTHWISE}[key]
-    return tuple(map(str, values))
 
 
 # What is measured where nobody says otherwise: beside every size, and beside one of them only, for time. What is compiled takes
