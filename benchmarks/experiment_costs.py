@@ -32,7 +32,6 @@ PEAK_FLOPS = 989e12  # dense bf16 of one H100 SXM, NVIDIA's data sheet
 MFU = 0.20  # a compiled 22 M-parameter ViT at 224 px, batch 256, bf16, on one H100 has 0.229
 ROOT = Path(__file__).parents[1] / "experiments"
 _BEGIN, _END = "<!-- computed by benchmarks/experiment_costs.py -->", "<!-- end -->"
-_WORTH_STATING = 1.0  # device-hours; less is not what the formula is about
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +42,8 @@ def main(argv: list[str]) -> int:
         for path in sorted(ROOT.glob(f"*/{FILE}")):
             table, hours, disk, runs = _cost(path.parent, probe)
             readme = path.with_name("README.md")
-            if hours >= _WORTH_STATING:
+            stated = _BEGIN in readme.read_text()  # the others say what they took on a CPU
+            if stated:
                 wanted[readme] = _between(readme.read_text(), table)
                 limits = {"device_hours": _round_up(2 * hours), "disk_gb": _round_up(2 * disk / 1e9)}
                 text = path.read_text()
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
                     text = re.sub(rf"^  {key}: .*$", f"  {key}: {limit:.1f}", text, flags=re.MULTILINE)
                 wanted[path] = text
             declared = read_experiment(path.parent)
-            shown = f"{hours:,.0f}" if hours >= _WORTH_STATING else "minutes on 2 cores"
+            shown = _hours(hours) if stated else "CPU cores"
             rows.append(
                 f"| [{declared.name}]({declared.name}) | {declared.question} | {len(declared.arms)} | {runs} | {shown} |"
             )
@@ -83,13 +83,18 @@ def _cost(folder: Path, probe: Probe) -> tuple[str, float, int, int]:
         hours += each * len(places)
         disk += disk_bytes(config, facts, params=cost["params"]) * len(places)
         lines.append(
-            f"| {arm} | {_width(sweep, places[0])} | {cost['params']:,} | {si(cost['macs'])} | {each:.1f} | {len(places)} |"
+            f"| {arm} | {_width(sweep, places[0])} | {cost['params']:,} | {si(cost['macs'])} | {_hours(each, 1)} | {len(places)} |"
         )
     said = (
-        f"{hours:,.0f} device-hours and at most {disk / 1e9:,.0f} GB of disk: 6 x MACs x images / (MFU x peak), at an assumed MFU of "
+        f"{_hours(hours)} device-hours and at most {disk / 1e9:,.0f} GB of disk: 6 x MACs x images / (MFU x peak), at an assumed MFU of "
         f"{MFU:.0%} of {PEAK_FLOPS / 1e12:,.0f} TFLOP/s (H100, bf16, compiled); [the formula](../README.md#cost)."
     )
     return "\n".join([*lines, "", *_wrapped(said)]), hours, disk, len(sweep.points)
+
+
+def _hours(hours: float, decimals: int = 0) -> str:
+    """With two significant digits at least."""
+    return f"{hours:,.{decimals}f}" if hours >= 10 ** (1 - decimals) else f"{hours:.2g}"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -61,7 +61,8 @@ def _is_matched_twin(name: str) -> bool:
 
 def _is_like_another(name: str) -> bool:
     """What another shipped one composes too, but for the size or the width."""
-    return _is_matched_twin(name) or name.endswith(("-arms-tiny", "-arms-base", "-arms-large"))
+    others = ("-arms-tiny", "-arms-base", "-arms-large", "-fashion-macs", "-cifar100-arms", "-imagenet-arms")
+    return _is_matched_twin(name) or name.endswith(others)
 
 
 @pytest.mark.parametrize(
@@ -69,17 +70,15 @@ def _is_like_another(name: str) -> bool:
     [pytest.param(name, marks=[pytest.mark.slow] if _is_like_another(name) else []) for name in SHIPPED],
 )
 def test_every_shipped_experiment_composes_and_its_arms_differ_in_its_factor_alone(name: str) -> None:
-    sweep = (
-        sweep_of(f"experiment={name}", "data.root=null")
-        if name != "000-digits-demo"
-        else sweep_of(f"experiment={name}")
-    )
+    in_a_package = {"data=digits", "data=mnist_5k"} & set(read_experiment(EXPERIMENTS / name).base)
+    sweep = sweep_of(f"experiment={name}", *(() if in_a_package else ("data.root=null",)))
     assert sweep.id == sweep.declaration.name == name
     facts = [published_facts(point.config.data) or prepare(point.config) for point in sweep.points]
     compare_arms(sweep, facts)
     assert len(sweep.points) == len(sweep.declaration.arms) * len(sweep.declaration.seeds)
     assert all(point.config.run.arm == point.arm and point.config.run.sweep == name for point in sweep.points)
-    assert len({repr(point.config.model) for point in sweep.points}) == len(sweep.declaration.arms)
+    what = {repr((point.config.model, point.config.data)) for point in sweep.points}
+    assert len(what) == len(sweep.declaration.arms)
 
 
 def test_the_matched_versions_are_the_headline_but_for_the_match() -> None:
@@ -96,7 +95,7 @@ def test_the_matched_versions_are_the_headline_but_for_the_match() -> None:
 
 def test_every_shipped_experiment_says_what_it_asks_costs_and_would_change() -> None:
     index = (EXPERIMENTS / "README.md").read_text()
-    assert len(SHIPPED) == 20
+    assert len(SHIPPED) == 30
     for name in SHIPPED:
         text = (EXPERIMENTS / name / "README.md").read_text()
         assert f"experiment={name}" in text

@@ -1,0 +1,86 @@
+"""The results in the READMEs of experiments that have run: tables and figures of the report, drawn from records.jsonl.
+
+    python benchmarks/experiment_results.py           # writes experiments/NNN-slug/README.md and figures/
+    python benchmarks/experiment_results.py --check   # says which README would change; exit status 1
+
+Every number between the two marks comes from ``python -m eit_lab.report experiments/NNN-slug``, which anyone can run; this only
+cuts the verdict, the arms, the differences, what was found inside and the cost out of its page.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from eit_lab.report.__main__ import main as report
+
+ROOT = Path(__file__).parents[1] / "experiments"
+_BEGIN, _END = "<!-- drawn from records.jsonl by benchmarks/experiment_results.py -->", "<!-- end of results -->"
+_SECTIONS = ("Verdict", "Test top-1", "Differences", "Along the factor", "Inside the network", "Cost")
+# Figures that a README shows; the report has them all.
+_FIGURES = (
+    "accuracy", "factor", "inside_hfd_share", "inside_head_diversity", "inside_filters_input",
+    "inside_scatter_hfd_share", "inside_scatter_head_diversity",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Write, or with --check compare, the results of every experiment that has records."""
+    check, changed = "--check" in argv, []
+    for records in sorted(ROOT.glob("*/records.jsonl")):
+        folder = records.parent
+        with tempfile.TemporaryDirectory() as scratch:
+            if report([str(folder), f"out={scratch}"]):
+                return 1
+            text = _results((Path(scratch) / "report.md").read_text())
+            readme = folder / "README.md"
+            before, mark, rest = readme.read_text().partition(_BEGIN)
+            assert mark, f"{readme} has no place for its results"
+            wanted = f"{before}{_BEGIN}\n\n{text}\n{_END}{rest.partition(_END)[2]}"
+            if wanted == readme.read_text():
+                continue
+            changed.append(folder.name)
+            if not check:
+                readme.write_text(wanted)
+                _copy_figures(Path(scratch) / "figures", folder / "figures", text)
+    for name in changed:
+        print(f"experiments/{name}/README.md")
+    return 1 if changed and check else 0
+
+
+def _results(page: str) -> str:
+    """The sections of a README out of the report's Markdown, one level of headings further down."""
+    parts = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    found = []
+    for name in _SECTIONS:
+        text = parts.get(name, "").strip()
+        if text:
+            found.append(f"### {name}\n\n{_shown(text)}\n")
+    return "\n".join(found)
+
+
+def _shown(text: str) -> str:
+    """Without the figures that a README leaves out; the others as PNG, since a caption can be long and a page is read in a browser."""
+    kept = []
+    for block in text.replace("\n### ", "\n#### ").split("\n\n"):
+        figure = re.fullmatch(r"!\[(.*)\]\(figures/(\w+)\.svg\)", block, re.DOTALL)
+        if figure is None:
+            kept.append(block)
+        elif figure[2].startswith(_FIGURES):
+            kept.append(f"![{figure[1]}](figures/{figure[2]}.png)\n\n*{figure[1]}*")
+    return "\n\n".join(kept)
+
+
+def _copy_figures(source: Path, target: Path, text: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for name in dict.fromkeys(re.findall(r"\(figures/(\w+)\.png\)", text)):
+        for suffix in (".png", ".svg"):
+            shutil.copyfile(source / f"{name}{suffix}", target / f"{name}{suffix}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
