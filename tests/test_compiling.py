@@ -343,10 +343,13 @@ def test_a_mode_is_part_of_what_a_run_is_and_where_blocks_are_kept_is_not() -> N
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_found_in_the_cache_and_evaluated_to_its_own_digits(here: Path) -> None:
+def test_a_compiled_run_is_found_in_the_cache_and_evaluated_to_its_own_digits(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from eit_lab.evaluate import main as evaluate
     from eit_lab.train import main
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here / "graphs"))  # that of the other tests is warm
     words = [*TINY, "recipe.epochs=1", "trainer.compile=true"]
     spent = []
     for root in ("cold", "warm"):

@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -480,6 +481,8 @@ class View:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "eit_lab.dashboard", "view", *words, "port=0"],
             cwd=folder, env={**os.environ, "TMPDIR": str(self.scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # A shell's background job ignores Ctrl-C, and what it starts would, too.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         assert self.process.stdout is not None
         self.said = [self.process.stdout.readline() for _ in range(2)]
