@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from eit_lab.compose import compose_one, compose_points, parse_flags
 from eit_lab.config import ConfigError
 from eit_lab.data.catalog import published_facts
 from eit_lab.data.prepare import prepare
-from eit_lab.declaration import find_experiment, read_experiment
+from eit_lab.declaration import find_experiment, load_declaration, read_experiment
+from eit_lab.loading import dump
 from eit_lab.sweep.arms import Sweep, read_sweep
 from eit_lab.sweep.fairness import compare_arms
 
@@ -172,6 +174,17 @@ def test_what_is_said_of_the_sweep_goes_over_what_is_declared(here: Path) -> Non
     assert (lifted.declaration.match, lifted.declaration.budget.device_hours, lifted.reference) == (None, None, None)
 
 
+def test_planned_interactions_come_through_a_command_line_and_sweep_json(here: Path) -> None:
+    write_experiment(here, f"{MINE}interactions:\n  - [[eit, vit], [half, vit]]\n")
+    declared = sweep_of("experiment=900-mine", "seed=0", "match=params").declaration
+    assert declared.interactions == ((("eit", "vit"), ("half", "vit")),)
+    plain = json.loads(json.dumps(dump(declared)))
+    assert plain["interactions"] == [[["eit", "vit"], ["half", "vit"]]]
+    assert load_declaration(plain) == declared
+    del plain["interactions"]  # of a sweep from before there were any
+    assert load_declaration(plain).interactions == ()
+
+
 def test_an_experiment_of_the_current_folder_comes_before_one_that_is_shipped(here: Path) -> None:
     assert find_experiment("000-digits-demo") == EXPERIMENTS / "000-digits-demo"
     write_experiment(here, MINE, name="000-digits-demo")
@@ -183,6 +196,12 @@ WRONG_FILES = [
     ("baseline: vit", "baseline: vti", "baseline must be one of the arms vit, half, eit, got 'vti'; nearest: vit"),
     ("baseline: vit", "baselin: vit", "baselin is not a key, got 'vit'; nearest: baseline"),
     ("baseline: vit", "compare: [[eit, vit], [eit, hlf]]", "compare[1] must be one of the arms vit, half, eit, got 'hlf'"),
+    ("baseline: vit", "compare: [[hlf, vit]]", "compare[0] must be one of the arms vit, half, eit, got 'hlf'; nearest: half"),
+    ("baseline: vit", "interactions: [[[eit, vit], [half, vti]]]", "interactions[0] must be one of the arms vit, half, eit, got 'vti'; nearest: vit"),
+    ("baseline: vit", "interactions: [[[eit, vit], [half, vit]], [[et, vit], [half, vit]]]", "interactions[1] must be one of the arms vit, half, eit, got 'et'; nearest: eit"),
+    ("baseline: vit", "interactions: [[eit, vit], [half, vit]]", "interactions[0][0] must be a list, got 'eit'"),
+    ("baseline: vit", "interactions: [[[eit, vit]]]", "interactions[0][1] must be given, and is missing"),
+    ("baseline: vit", "interaction: []", "interaction is not a key, got []; nearest: interactions"),
     ("baseline: vit", "match: parms", "match must be one of params, macs, got 'parms'; nearest: params"),
     ("baseline: vit", "budget: {device_hour: 3}", "budget.device_hour is not a key, got 3; nearest: budget.device_hours"),
     ("baseline: vit", "name: x", "name is not a key, got 'x'"),

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats as reference
 
 from eit_lab import published
 from eit_lab.report.__main__ import main
 from eit_lab.report.arms import Ablation, collect
 from eit_lab.report.build import Report, build, csv_files
-from eit_lab.report.comparison import compare
+from eit_lab.report.comparison import compare, compare_all
 from eit_lab.report.content import cost_table, images_tables
 from eit_lab.report.curves import arm_curve
 from eit_lab.report.figures import factor_figure, numeric_factor
@@ -33,7 +34,7 @@ from eit_lab.report.records import Source, plain_text, read_sources, write_recor
 from eit_lab.report.tables import latex, markdown
 from eit_lab.report.verdict import p_text, verdict
 from made_runs import declared, made_record, write_run, write_runs, write_sweep
-from test_report_summary import ACC1, ablation, arm_record, entries
+from test_report_summary import ACC1, CROSSED, LARGER_LEAD, ablation, arm_record, crossed_plan, crossed_record, entries
 
 HOSTILE = (
     "vit<script>alert(1)</script>",
@@ -49,7 +50,7 @@ def said(records: Sequence[dict[str, Any]], *, metric: str = "test/acc1", **how:
     found = collect(
         [Source("s", how.get("declaration") or {}, entries(records))], metric_of(metric), baseline=how.get("baseline")
     )
-    return verdict(found, compare(found))
+    return verdict(found, *compare_all(found))
 
 
 def two_arms(vit: Sequence[float], eit: Sequence[float]) -> list[dict[str, Any]]:
@@ -193,6 +194,172 @@ def test_sets_that_differ_in_more_than_the_factor_are_said_with_the_difference()
     records = [arm_record("vit", 0, 0.9), arm_record("eit", 0, 0.9, versions={"code": "def"})]
     plan = declared("a", ["vit", "eit"], factor=["model.ib"], seeds=[0])
     assert said(records, declaration=plan)[0].endswith(" But the arms differ in more than the factor: code (def; abc).")
+
+
+# ---------------------------------------------------------------------------------------------- differences of differences
+
+
+VIT_10, EIT_10 = (0.70, 0.71, 0.72), (0.75, 0.765, 0.78)  # 5, 5.5, 6 points
+VIT_100, EIT_100 = (0.90, 0.91, 0.92), (0.905, 0.916, 0.927)  # 0.5, 0.6, 0.7
+
+
+def crossed(*values: Sequence[float]) -> list[dict[str, Any]]:
+    """Runs of CROSSED, the values of each by seed."""
+    return [crossed_record(arm, s, v) for arm, of in zip(CROSSED, values, strict=True) for s, v in enumerate(of)]
+
+
+def test_the_verdict_of_a_difference_of_differences_in_one_family_with_the_comparisons() -> None:
+    records, plan = crossed(VIT_10, EIT_10, VIT_100, EIT_100), crossed_plan(LARGER_LEAD)
+    # 4.5, 4.9, 5.3: mean 4.9, sd 0.4, half width 4.303 x 0.4 / sqrt 3 = 0.994; p 0.0022, the smallest of three: x 3
+    assert said(records, declaration=plan)[2:] == [
+        "(eit_10 - vit_10) - (eit_100 - vit_100) = +4.90 points, 95% CI [+3.91, +5.89], n = 3 seeds, p = 0.002 (paired t; "
+        "Holm over 3 tests: p = 0.007; sign-flip p = 0.25, as small as 3 seeds allow): the lead of eit_10 over vit_10 is larger "
+        "than that of eit_100 over vit_100, significant at 5%."
+    ]
+    turned = crossed_plan(LARGER_LEAD[::-1])
+    line = said(records, declaration=turned)[2]
+    assert line.startswith("(eit_100 - vit_100) - (eit_10 - vit_10) = -4.90 points, 95% CI [-5.89, -3.91]")
+    assert line.endswith(
+        "the lead of eit_100 over vit_100 is smaller than that of eit_10 over vit_10, significant at 5%."
+    )
+    comparisons, (interaction,) = compare_all(ablation(records, declaration=plan))
+    of = [(5, 5.5, 6), (0.5, 0.6, 0.7), (4.5, 4.9, 5.3)]
+    ps = [reference.ttest_1samp(differences, 0).pvalue for differences in of]
+    family = [*comparisons, interaction]
+    assert [one.differences for one in family] == [pytest.approx(differences) for differences in of]
+    assert [one.p for one in family] == pytest.approx(ps)
+    assert ps[2] < ps[0] < ps[1]
+    assert [one.p_holm for one in family] == pytest.approx(
+        [max(3 * ps[2], 2 * ps[0]), max(3 * ps[2], ps[1]), 3 * ps[2]]
+    )
+    assert {one.tests for one in family} == {3}
+    assert interaction.means == pytest.approx((5.5, 0.6))
+
+
+def test_an_interaction_counts_in_the_correction_and_in_the_choice_of_the_test() -> None:
+    # 1, 1.1, 0.9, 1.2, 0.8, 1.0 points at a tenth of the images; -0.1, 0.1, ... at all of them: sign-flip alone has p = 2/64.
+    vit = [0.7] * 6
+    values = [vit, [0.7 + d for d in (0.01, 0.011, 0.009, 0.012, 0.008, 0.01)]]
+    values += [vit, [0.7 + 0.001 * (-1) ** n for n in range(6)]]
+    alone = crossed_plan(compare=LARGER_LEAD[:1])
+    (line,) = said(crossed(*values), declaration=alone)
+    assert "p = 0.031 (sign-flip): " in line
+    lines = said(crossed(*values), declaration={**alone, "interactions": [LARGER_LEAD]})
+    assert [line.partition("(paired t; Holm over 2 tests: p")[1] != "" for line in lines] == [True, True]
+    # 1, 2.2, 1.2, 2.6 points: p 0.021 alone (paired t), and twice that is under 5%; beside two more it is not.
+    values = [[0.7] * 4, [0.7 + d for d in (0.010, 0.022, 0.012, 0.026)], [0.7] * 4, [0.7, 0.701, 0.702, 0.697]]
+    lines = said(crossed(*values), declaration=crossed_plan(LARGER_LEAD))
+    assert lines[0].endswith(
+        "not distinguishable from zero at 5% once corrected for 3 tests, although its own interval leaves zero out."
+    )
+    assert lines[2].endswith("not distinguishable from zero at 5%" + lines[0].rpartition("at 5%")[2])
+
+
+def test_an_interaction_uses_the_seeds_that_all_its_arms_have_and_names_the_others() -> None:
+    records = [
+        r for r in crossed(VIT_10, EIT_10, VIT_100, EIT_100) if (r["seed"], r["config"]["run"]["arm"]) != (0, "eit_100")
+    ]
+    plan = crossed_plan(LARGER_LEAD)
+    found = said(records, declaration=plan)
+    assert found[0].startswith("eit_10 - vit_10 = +5.50 points, 95% CI [+4.26, +6.74], n = 3 seeds")
+    assert found[2].startswith("(eit_10 - vit_10) - (eit_100 - vit_100) = +5.10 points, 95% CI [")  # 4.9, 5.3
+    assert "n = 2 seeds" in found[2]
+    assert found[2].endswith(" But only seeds that all of these arms have are used, not 0.")
+    first = [r for r in records if r["seed"] == 1]
+    assert said(first, declaration=plan)[2] == (
+        "(eit_10 - vit_10) - (eit_100 - vit_100) = +4.90 points, n = 1 seed: no interval and no test; one run an arm says nothing "
+        "of the noise between seeds."
+    )
+    apart = [*first, *(r for r in records if r["seed"] == 2)]
+    apart = [r for r in apart if (r["seed"] == 1) == (r["config"]["run"]["arm"] == "eit_10")]
+    assert said(apart, declaration=plan)[2].startswith(
+        "(eit_10 - vit_10) - (eit_100 - vit_100): no seed in common, so there is no paired difference. But only seeds"
+    )
+    assert said(records[:6], declaration=plan)[-1] == (
+        "(eit_10 - vit_10) - (eit_100 - vit_100): not compared, eit_100 and vit_100 have no run that counts."
+    )
+
+
+def test_a_lead_is_called_so_only_where_there_is_one() -> None:
+    plan = crossed_plan(LARGER_LEAD)
+
+    def last(*values: Sequence[float], metric: str = "test/acc1") -> str:
+        records = crossed(*values)
+        for record in records:
+            record["result"]["test/entropy"] = record["result"]["test/acc1"]
+        return said(records, declaration=plan, metric=metric)[2].partition("): ")[2]
+
+    of = (VIT_10, EIT_10, VIT_100, EIT_100)
+    lead = "the lead of eit_10 over vit_10 is larger than that of eit_100 over vit_100, significant at 5%."
+    assert last(*of).endswith(lead)
+    assert last(*of, metric="test/loss").endswith(lead)  # 1 - accuracy: lower is better
+    behind = (EIT_10, VIT_10, EIT_100, VIT_100)
+    worse = "eit_10 does worse against vit_10 than eit_100 does against vit_100, significant at 5%."
+    assert last(*behind).endswith(worse)
+    assert last(*behind, metric="test/loss").endswith(worse)
+    better = "eit_10 does better against vit_10 than eit_100 does against vit_100, significant at 5%."
+    assert last(VIT_10, EIT_10, EIT_100, VIT_100).endswith(better)  # ahead, and behind
+    assert last(*of, metric="test/entropy").endswith("eit_10 - vit_10 is above eit_100 - vit_100, significant at 5%.")
+    assert (
+        last([0.5, 0.6], [0.6, 0.7], [0.7, 0.8], [0.8, 0.9])
+        == "no difference. The spread is zero, so there is no t test."
+    )
+
+
+def test_an_interaction_across_unlike_runs_says_what_differs() -> None:
+    records = crossed(VIT_10, EIT_10, VIT_100, EIT_100)
+    for record in records[6:]:
+        record["versions"] = {"code": "def"}  # each pair is alike, the two are not
+    lines = said(records, declaration=crossed_plan(LARGER_LEAD))
+    assert [line.partition(" But ")[2] for line in lines] == [
+        "", "", "the arms differ in more than the factor: code (abc; def).",
+    ]  # fmt: skip
+
+
+def test_interactions_are_in_every_form_of_a_report_and_in_its_records(tmp_path: Path) -> None:
+    records, plan = crossed(VIT_10, EIT_10, VIT_100, EIT_100), crossed_plan(LARGER_LEAD)
+    folder = write_sweep(tmp_path / "runs", "a", records, declaration=plan)
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert main([str(folder), f"out={out}", f"records={tmp_path / 'r.jsonl'}"]) == 0
+    assert main([str(tmp_path / "r.jsonl"), f"out={again}"]) == 0
+    for name in ("report.html", "report.md", "report.tex", "interactions.csv", "figures/differences.svg"):
+        assert (out / name).read_bytes() == (again / name).read_bytes(), name
+    with (out / "interactions.csv").open() as handle:
+        (row,) = csv.DictReader(handle)
+    assert [row[key] for key in ("first_arm", "first_against", "second_arm", "second_against")] == [
+        "eit_10", "vit_10", "eit_100", "vit_100",
+    ]  # fmt: skip
+    shown = {key: float(row[key]) for key in ("first", "second", "difference", "std", "low95", "high95")}
+    half = reference.t.ppf(0.975, 2) * 0.004 / 3**0.5
+    assert shown == pytest.approx(
+        {
+            "first": 0.055,
+            "second": 0.006,
+            "difference": 0.049,
+            "std": 0.004,
+            "low95": 0.049 - half,
+            "high95": 0.049 + half,
+        }
+    )
+    assert (row["seeds"], row["n"], row["test"], row["tests"]) == ("0 1 2", "3", "paired t", "3")
+    name = "(eit_10 - vit_10) - (eit_100 - vit_100)"
+    text = (out / "report.md").read_text()
+    assert f"| {name} | 3 | +5.50 | +0.60 | +4.90 | \\[+3.91, +5.89\\] | 0.002 |" in text
+    assert "Corrected by Holm's method for 3 tests." in text
+    assert "Differences of differences, paired by seed" in (out / "report.html").read_text()
+    assert r"\label{tab:interactions}" in (out / "report.tex").read_text()
+    assert name in (out / "figures" / "differences.svg").read_text()
+
+
+def test_interactions_alone_are_a_report_too() -> None:
+    plan = crossed_plan(LARGER_LEAD, compare=[["eit_10", "lsra_10"]])
+    found = build([Source("a", plan, entries(crossed(VIT_10, EIT_10, VIT_100, EIT_100)))])
+    (section,) = (section for section in found.sections if section.anchor == "differences")
+    assert [table.stem for table in section.tables] == ["interactions"]
+    assert section.text[-1] == "Corrected by Holm's method for 1 test."
+    assert found.sentences[0].startswith("(eit_10 - vit_10) - (eit_100 - vit_100) = +4.90 points")
+    assert found.sentences[1:] == ["eit_10 - lsra_10: not compared, lsra_10 has no run that counts."]
+    assert csv_files(found)["differences.csv"] == ""
 
 
 @pytest.mark.parametrize(("p", "text"), [(0.0004, "p < 0.001"), (0.0496, "p = 0.04960"), (0.0504, "p = 0.05040"), (0.05, "p = 0.050"), (0.25, "p = 0.25"), (1.0, "p = 1.00")])  # fmt: skip

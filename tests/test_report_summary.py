@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from eit_lab.report.arms import Ablation, collect
-from eit_lab.report.comparison import compare
+from eit_lab.report.comparison import compare, compare_all
 from eit_lab.report.metric import metric_of
 from eit_lab.report.records import RunEntry, Source, read_sources, write_records
 from eit_lab.report.summary import write_summary
@@ -237,6 +237,68 @@ def test_planned_comparisons_are_the_declared_ones() -> None:
     assert [one.name for one in compare(ablation(records, declaration=plan))] == ["eit - lsra"]
     held = ablation(records, declaration=plan, baseline="eit")  # a baseline that is asked for goes before
     assert [one.name for one in compare(held)] == ["vit - eit", "lsra - eit"]
+
+
+CROSSED = ["vit_10", "eit_10", "vit_100", "eit_100"]
+LARGER_LEAD = [["eit_10", "vit_10"], ["eit_100", "vit_100"]]
+
+
+def crossed_record(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    """Of an arm of CROSSED: a mixer at a share of the training images."""
+    record = arm_record(arm, seed, accuracy, **more)
+    record["config"]["data"]["train_share"] = int(arm.split()[0].rpartition("_")[2]) / 100
+    return record
+
+
+def crossed_plan(*interactions: Any, **more: Any) -> dict[str, Any]:
+    """Two pairs and differences of their differences."""
+    factor = ["model.ib", "data.train_share"]
+    plan = declared("a", CROSSED, factor=factor, seeds=[0], compare=LARGER_LEAD, baseline=None)
+    return {**plan, "interactions": list(interactions), **more}
+
+
+def interactions_of(found: Ablation) -> list[str]:
+    return [one.name for one in compare_all(found)[1]]
+
+
+def test_planned_interactions_are_the_declared_ones_each_once() -> None:
+    records = [crossed_record(arm, seed, 0.9) for arm in CROSSED for seed in range(2)]
+    second = [["eit_100", "vit_100"], ["eit_10", "vit_100"]]
+    plan = crossed_plan(LARGER_LEAD, second, LARGER_LEAD)
+    found = ablation(records, declaration=plan)
+    names = ["(eit_10 - vit_10) - (eit_100 - vit_100)", "(eit_100 - vit_100) - (eit_10 - vit_100)"]
+    assert interactions_of(found) == names
+    assert [one.name for one in compare(found)] == ["eit_10 - vit_10", "eit_100 - vit_100"]
+    assert interactions_of(ablation(records, declaration=plan, baseline="vit_10")) == []  # asked for instead
+    assert interactions_of(ablation(records, declaration={**plan, "interactions": []})) == []
+    twice = [Source(name, plan, entries(records)) for name in ("one", "two")]
+    assert interactions_of(collect(twice, ACC1)) == names
+
+
+def test_an_interaction_without_runs_of_all_its_arms_is_said_and_not_made() -> None:
+    of = [["eit_10", "eit_100"], ["vit_10", "vit_100"]]
+    records = [crossed_record(arm, 0, 0.9) for arm in ("vit_100", "eit_100")]
+    found = ablation(records, declaration=crossed_plan(of, compare=[["eit_100", "vit_100"]]))
+    assert interactions_of(found) == []
+    assert found.unmet == [
+        "(eit_10 - eit_100) - (vit_10 - vit_100): not compared, eit_10 and vit_10 have no run that counts."
+    ]
+
+
+def test_interactions_are_made_at_each_value_of_a_further_axis() -> None:
+    records = []
+    for lr in (0.1, 0.2):
+        for arm in CROSSED:
+            record = crossed_record(arm, 0, 0.9)
+            record["config"]["run"]["arm"] = f"{arm} recipe.lr={lr}"
+            record["config"]["recipe"]["lr"] = lr
+            records.append(record)
+    found = ablation(records, declaration=crossed_plan(LARGER_LEAD, factor=["model.ib", "data", "recipe.lr"]))
+    assert interactions_of(found) == [
+        f"(eit_10 recipe.lr={lr} - vit_10 recipe.lr={lr}) - (eit_100 recipe.lr={lr} - vit_100 recipe.lr={lr})"
+        for lr in (0.1, 0.2)
+    ]
+    assert found.unmet == []
 
 
 def test_arms_of_a_matched_budget_may_differ_in_their_width_and_others_may_not() -> None:

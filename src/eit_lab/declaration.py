@@ -50,6 +50,9 @@ class Declaration:
     compare: tuple[tuple[Text, Text], ...] = _opt(
         (), "planned comparisons (arm, against); empty: every arm against the baseline"
     )
+    interactions: tuple[tuple[tuple[Text, Text], tuple[Text, Text]], ...] = _opt(
+        (), "planned differences of differences ((a, b), (c, d)): (a - b) - (c - d)"
+    )
     match: Literal["params", "macs"] | None = _opt(None, "budget in which the arms are made equal by their width")
     reference: Text | None = _opt(None, "the arm whose budget the others are matched to")
     budget: Budget = _opt(Budget(), "what it may cost")
@@ -59,11 +62,13 @@ class Declaration:
             raise ValueError(f"seeds must be different numbers, one at least, got {list(self.seeds)}")
         if not self.arms:
             return
-        named = {"baseline": self.baseline, "reference": self.reference}
-        pairs = {f"compare[{n}]": arm for n, pair in enumerate(self.compare) for arm in pair}
-        for key, arm in (*named.items(), *pairs.items()):
-            if arm is not None:
-                check_arm(arm, self.arms, key=key)
+        named: dict[str, tuple[Text | None, ...]] = {"baseline": (self.baseline,), "reference": (self.reference,)}
+        named |= {f"compare[{n}]": pair for n, pair in enumerate(self.compare)}
+        named |= {f"interactions[{n}]": (*first, *second) for n, (first, second) in enumerate(self.interactions)}
+        for key, labels in named.items():
+            for arm in labels:
+                if arm is not None:
+                    check_arm(arm, self.arms, key=key)
 
 
 def check_arm(arm: str, arms: Collection[str], *, key: str) -> None:

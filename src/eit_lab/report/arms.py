@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from eit_lab.config import ConfigError
 from eit_lab.loading import nearest
@@ -78,6 +78,10 @@ class LeftOut:
     entry: RunEntry | None = None
 
 
+Pair: TypeAlias = tuple[Arm, Arm]
+"""(arm, what it is held against)."""
+
+
 @dataclass
 class Ablation:
     """The arms of a report, the comparisons that were planned, and what is not equal."""
@@ -85,8 +89,9 @@ class Ablation:
     metric: Metric
     arms: list[Arm] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    pairs: list[tuple[Arm, Arm]] = field(default_factory=list)
-    """(arm, what it is held against)."""
+    pairs: list[Pair] = field(default_factory=list)
+    interactions: list[tuple[Pair, Pair]] = field(default_factory=list)
+    """The first difference is held against the second."""
     unmet: list[str] = field(default_factory=list)
     """Comparisons that cannot be made, a sentence each."""
     unequal: list[str] = field(default_factory=list)
@@ -148,15 +153,22 @@ def _add_pool(found: Ablation, declaration: Mapping[str, Any], sources: Sequence
         _set_points(arms)
         pairs = [(arm, other) for arm in arms if (other := baseline_of(arm, arms)) is not None]
         found.pairs += [(arm, other) for arm, other in pairs if arm is not other]
-        return
     by_label = {arm.label: arm for arm in arms}
     for label, other in wanted:
-        absent = [name for name in (label, other) if name not in by_label]
-        if absent:
-            has = "have" if len(absent) > 1 else "has"
-            found.unmet.append(f"{label} - {other}: not compared, {' and '.join(absent)} {has} no run that counts.")
-        else:
+        if _are_there((label, other), by_label, found.unmet, name=f"{label} - {other}"):
             found.pairs.append((by_label[label], by_label[other]))
+    for (a, b), (c, d) in declaration.get("interactions") or ():
+        if _are_there((a, b, c, d), by_label, found.unmet, name=f"({a} - {b}) - ({c} - {d})"):
+            found.interactions.append(((by_label[a], by_label[b]), (by_label[c], by_label[d])))
+
+
+def _are_there(labels: Sequence[str], arms: Collection[str], unmet: list[str], *, name: str) -> bool:
+    """Whether all arms of a planned comparison have runs that count; if not, it is added to what is unmet."""
+    absent = [label for label in dict.fromkeys(labels) if label not in arms]
+    if absent:
+        has = "have" if len(absent) > 1 else "has"
+        unmet.append(f"{name}: not compared, {' and '.join(absent)} {has} no run that counts.")
+    return not absent
 
 
 def _along_axes(declaration: Mapping[str, Any], labels: Collection[str]) -> Mapping[str, Any]:
@@ -177,6 +189,11 @@ def _along_axes(declaration: Mapping[str, Any], labels: Collection[str]) -> Mapp
         **declaration,
         "arms": [f"{arm}{value}" for value in values for arm in arms],
         "compare": [(f"{arm}{value}", f"{against}{value}") for value in values for arm, against in pairs],
+        "interactions": [
+            tuple((f"{arm}{value}", f"{against}{value}") for arm, against in pairs_of)
+            for value in values
+            for pairs_of in declaration.get("interactions") or ()
+        ],
     }
 
 
@@ -407,8 +424,12 @@ def _name_apart(found: Ablation) -> None:
             arm.label = next(name for name in names if name not in taken)
             taken.add(arm.label)
     found.arms = [arm for arm in found.arms if id(arm) not in stands_for]
-    pairs = [(stands_for.get(id(a), a), stands_for.get(id(b), b)) for a, b in found.pairs]
-    found.pairs = [pair for n, pair in enumerate(pairs) if not any(_is_pair(pair, other) for other in pairs[:n])]
+
+    def kept(pair: Pair) -> Pair:
+        return stands_for.get(id(pair[0]), pair[0]), stands_for.get(id(pair[1]), pair[1])
+
+    found.pairs = list(dict.fromkeys(map(kept, found.pairs)))
+    found.interactions = list(dict.fromkeys((kept(first), kept(second)) for first, second in found.interactions))
 
 
 def _is_same(arm: Arm, other: Arm) -> bool:
@@ -417,10 +438,6 @@ def _is_same(arm: Arm, other: Arm) -> bool:
     return all(arm.config.get(k) == other.config.get(k) for k in keys) and all(
         arm.setup[k] == other.setup[k] for k in facts
     )
-
-
-def _is_pair(pair: tuple[Arm, Arm], other: tuple[Arm, Arm]) -> bool:
-    return pair[0] is other[0] and pair[1] is other[1]
 
 
 # ------------------------------------------------------------------------------------------------- baselines, inequalities

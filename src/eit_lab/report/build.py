@@ -13,7 +13,7 @@ from eit_lab.loading import nearest
 from eit_lab.report import content, curves, figures, inside_tables, pareto
 from eit_lab.report.analyses import ARGUED, QUANTITIES, Analyses, choose
 from eit_lab.report.arms import Ablation, Arm, collect
-from eit_lab.report.comparison import Comparison, compare
+from eit_lab.report.comparison import Comparison, Interaction, compare_all
 from eit_lab.report.figure import PANEL, save_figure, style
 from eit_lab.report.inside.arms import SHOWN as PANEL_ARMS
 from eit_lab.report.inside.arms import arms_panels
@@ -65,6 +65,7 @@ class Report:
     metric: Metric
     ablation: Ablation
     comparisons: list[Comparison]
+    interactions: list[Interaction]
     sentences: list[str]
     sections: list[Section]
     analyses: Analyses | None = None
@@ -89,7 +90,7 @@ def build(sources: Sequence[Source], *, metric: str | None = None, baseline: str
     _check_metric(sources, key, given=metric is not None)
     found = metric_of(key)
     ablation = collect(sources, found, baseline=baseline)
-    comparisons = compare(ablation)
+    comparisons, interactions = compare_all(ablation)
     analyses = choose(ablation.arms)
     interpretation = interpret(analyses, found) if analyses else Interpretation()
     questions = dict.fromkeys(str(d["question"]) for d in declared if d.get("question"))
@@ -99,7 +100,8 @@ def build(sources: Sequence[Source], *, metric: str | None = None, baseline: str
         metric=found,
         ablation=ablation,
         comparisons=comparisons,
-        sentences=[*verdict(ablation, comparisons), *filter(None, [interpretation.headline])],
+        interactions=interactions,
+        sentences=[*verdict(ablation, comparisons, interactions), *filter(None, [interpretation.headline])],
         sections=[],
         analyses=analyses,
         interpretation=interpretation,
@@ -121,8 +123,9 @@ def _sections(report: Report) -> Iterator[Section]:
     arms, metric = report.ablation.arms, report.metric
     if arms:
         yield _accuracy(report)
-    if report.comparisons:
+    if report.comparisons or report.interactions:
         yield _differences(report)
+    if report.comparisons:
         yield Section("images", "Per image", tables=content.images_tables(report.comparisons))
     if report.analyses is not None:
         yield _inside(report.analyses, report)
@@ -160,28 +163,35 @@ def _accuracy(report: Report) -> Section:
 
 
 def _differences(report: Report) -> Section:
-    figure = figures.difference_figure(report.comparisons, report.ablation.arms)
+    planned = [*report.comparisons, *report.interactions]
+    figure = figures.difference_figure(planned, report.ablation.arms)
     caption = "Difference in every common seed a small mark, below them the mean with its 95% interval (Student's t, not corrected)."
-    if len(report.comparisons) > figures.ROWS:
-        caption += f" The first {figures.ROWS} of {len(report.comparisons)} comparisons."
-    if figure is not None and figures.is_cut(figure, (one.estimate for one in report.comparisons)):
+    if report.interactions:
+        caption += " Below the pairs: differences of differences."
+    if len(planned) > figures.ROWS:
+        caption += f" The first {figures.ROWS} of {len(planned)} comparisons."
+    if figure is not None and figures.is_cut(figure, (one.estimate for one in planned)):
         caption += _CUT
-    tests = report.comparisons[0].tests
     text = [
         "The paired t test supposes that differences between seeds are normal; the sign-flip test supposes only that they are as "
         "likely to fall on either side of zero, and is exact, but with n seeds its p is at least 2/2^n. The sign-flip test counts "
         "where that can pass the correction, else the t test does.",
-        f"Corrected by Holm's method for {tests} comparison{'' if tests == 1 else 's'}."
-        if tests
+        f"Corrected by Holm's method for {planned[0].corrected_for}."
+        if planned[0].tests
         else "No comparison has two common seeds: there is no test.",
     ]
     drawings = [Drawing("differences", figure, caption)] if figure is not None else []
+    tables = []
+    if report.comparisons:
+        tables.append(content.differences_table(report.comparisons, report.metric))
+    if report.interactions:
+        tables.append(content.interactions_table(report.interactions, report.metric))
     return Section(
         "differences",
         "Differences",
         tuple(text),
         drawings=drawings,
-        tables=[content.differences_table(report.comparisons, report.metric)],
+        tables=tables,
     )
 
 
@@ -339,15 +349,17 @@ def write_figures(report: Report, folder: Path) -> dict[str, str]:
 def csv_files(report: Report) -> dict[str, str]:
     """File name -> text."""
     ablation, comparisons, metric = report.ablation, report.comparisons, report.metric
-    inside = {}
+    more = {}
+    if report.interactions:
+        more["interactions.csv"] = csv_text(content.interactions_rows(report.interactions))
     if report.analyses is not None:
-        inside["inside.csv"] = csv_text(inside_tables.inside_rows(report.analyses, metric))
-        inside["correlations.csv"] = csv_text(inside_tables.correlation_rows(report.interpretation))
+        more["inside.csv"] = csv_text(inside_tables.inside_rows(report.analyses, metric))
+        more["correlations.csv"] = csv_text(inside_tables.correlation_rows(report.interpretation))
     return {
         "arms.csv": csv_text(content.arms_rows(ablation.arms, metric, report.analyses)),
-        "differences.csv": csv_text(content.differences_rows(comparisons, metric)),
+        "differences.csv": csv_text(content.differences_rows(comparisons)),
         "images.csv": csv_text(content.images_rows(comparisons)),
         "cost.csv": csv_text(content.cost_rows(ablation)),
         "runs.csv": csv_text(content.runs_rows(ablation)),
-        **inside,
+        **more,
     }

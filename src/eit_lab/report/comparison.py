@@ -1,15 +1,16 @@
-"""Arm against arm: differences paired by seed, the test that suits their number, and the test per image."""
+"""Arm against arm, and difference against difference: paired by seed, the test that suits their number, the test per image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
 
 from eit_lab.report import stats
-from eit_lab.report.arms import Ablation, Arm, differences
+from eit_lab.report.arms import Ablation, Arm, Pair, differences
 from eit_lab.report.keys import covers
 from eit_lab.report.metric import Metric
 from eit_lab.report.stats import Estimate, McNemar, SignFlip
@@ -25,39 +26,41 @@ class PerImage:
     p_holm: float | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An arm less another one, in the metric as it is shown."""
+@dataclass(eq=False, kw_only=True)
+class Contrast:
+    """What a planned test is of: a sum of arms, some of them with a minus, in the metric as it is shown."""
 
-    arm: Arm
-    against: Arm
+    name: str
+    """The sum, written out."""
     metric: Metric
     seeds: tuple[int, ...]
-    """That both have."""
+    """That all its arms have."""
     alone: tuple[int, ...]
-    """That only one of them has: not used."""
+    """That only some of them have: not used."""
     differences: tuple[float, ...]
-    """By seed."""
-    estimate: Estimate | None
-    """None without a common seed."""
-    t: float | None
-    """p of the paired t test."""
-    flip: SignFlip | None
-    test: Literal["paired t", "sign-flip", None]
-    """The one that counts."""
-    p: float | None
-    """Of that one."""
-    p_holm: float | None
-    tests: int
-    """How many the correction is for."""
+    """Its value by seed."""
     caveats: tuple[str, ...]
-    """What else differs between the two arms."""
-    images: PerImage
+    """What else differs between its arms."""
+    estimate: Estimate | None = field(init=False)
+    """None without a common seed."""
+    t: float | None = field(init=False)
+    """p of the paired t test."""
+    flip: SignFlip | None = field(init=False)
+    test: Literal["paired t", "sign-flip", None] = field(init=False, default=None)
+    """The one that counts."""
+    p: float | None = field(init=False, default=None)
+    """Of that one."""
+    p_holm: float | None = field(init=False, default=None)
+    tests: int = field(init=False, default=0)
+    """How many the correction is for."""
+    corrected_for: str = field(init=False, default="")
+    """The same in words, such as ``3 comparisons``."""
 
-    @property
-    def name(self) -> str:
-        """Arm minus arm."""
-        return f"{self.arm.label} - {self.against.label}"
+    def __post_init__(self) -> None:
+        found = self.differences
+        self.estimate = stats.estimate(found) if found else None
+        self.t = stats.paired_t(found)
+        self.flip = stats.sign_flip(found) if len(found) > 1 else None
 
     @property
     def is_significant(self) -> bool:
@@ -65,66 +68,116 @@ class Comparison:
         return self.p_holm is not None and self.p_holm < stats.LEVEL
 
 
+@dataclass(eq=False, kw_only=True)
+class Comparison(Contrast):
+    """An arm less another one."""
+
+    arm: Arm
+    against: Arm
+    images: PerImage
+
+
+@dataclass(eq=False, kw_only=True)
+class Interaction(Contrast):
+    """The difference of two arms less that of two others."""
+
+    first: Pair
+    second: Pair
+    means: tuple[float, float] | None
+    """Of the two differences, over the seeds that are used; None without any."""
+
+
 def compare(ablation: Ablation) -> list[Comparison]:
-    """Every planned comparison, corrected for their number."""
-    made = [_compare(arm, against, ablation.metric) for arm, against in ablation.pairs]
-    testable = [one for one in made if len(one.differences) > 1]
-    chosen = [_choose(one, tests=len(testable)) for one in made]
-    return _correct(chosen)
+    """Every planned comparison, corrected for the number of planned tests."""
+    return compare_all(ablation)[0]
 
 
-def _compare(arm: Arm, against: Arm, metric: Metric) -> Comparison:
-    seeds = tuple(sorted(arm.runs.keys() & against.runs.keys()))
-    of = [(metric.of(arm.runs[s].record), metric.of(against.runs[s].record)) for s in seeds]
-    found = tuple(a - b for a, b in of if a is not None and b is not None)
+def compare_all(ablation: Ablation) -> tuple[list[Comparison], list[Interaction]]:
+    """Every planned comparison and every planned difference of differences, all of them corrected together."""
+    comparisons = [_compare(pair, ablation.metric) for pair in ablation.pairs]
+    interactions = [_interact(first, second, ablation.metric) for first, second in ablation.interactions]
+    _test([*comparisons, *interactions], what="test" if interactions else "comparison")
+    _correct_images(comparisons)
+    return comparisons, interactions
+
+
+def _compare(pair: Pair, metric: Metric) -> Comparison:
+    arm, against = pair
+    seeds, alone, values = _by_seed(pair, metric)
     return Comparison(
-        arm=arm,
-        against=against,
+        name=_minus(pair),
         metric=metric,
         seeds=seeds,
-        alone=tuple(sorted(arm.runs.keys() ^ against.runs.keys())),
-        differences=found,
-        estimate=stats.estimate(found) if found else None,
-        t=stats.paired_t(found),
-        flip=stats.sign_flip(found) if len(found) > 1 else None,
-        test=None,
-        p=None,
-        p_holm=None,
-        tests=0,
+        alone=alone,
+        differences=tuple(a - b for a, b in values),
         caveats=_caveats(arm, against),
+        arm=arm,
+        against=against,
         images=_per_image(arm, against, metric, seeds),
     )
 
 
-def _choose(one: Comparison, *, tests: int) -> Comparison:
+def _interact(first: Pair, second: Pair, metric: Metric) -> Interaction:
+    seeds, alone, values = _by_seed((*first, *second), metric)
+    sides = [(a - b, c - d) for a, b, c, d in values]
+    others = (first[1], *second)
+    return Interaction(
+        name=f"({_minus(first)}) - ({_minus(second)})",
+        metric=metric,
+        seeds=seeds,
+        alone=alone,
+        differences=tuple(one - other for one, other in sides),
+        caveats=tuple(dict.fromkeys(said for arm in others for said in _caveats(first[0], arm))),
+        first=first,
+        second=second,
+        means=(fmean(one for one, _ in sides), fmean(other for _, other in sides)) if sides else None,
+    )
+
+
+def _minus(pair: Pair) -> str:
+    return f"{pair[0].label} - {pair[1].label}"
+
+
+def _by_seed(arms: Sequence[Arm], metric: Metric) -> tuple[tuple[int, ...], tuple[int, ...], list[list[float]]]:
+    """The seeds that all arms have, those that only some have, and for each of the first the value of every arm."""
+    having = [set(arm.runs) for arm in arms]
+    common = set.intersection(*having)
+    seeds = tuple(sorted(common))
+    found = [[metric.of(arm.runs[seed].record) for arm in arms] for seed in seeds]
+    values = [[value for value in row if value is not None] for row in found]
+    assert all(len(row) == len(arms) for row in values), "a run that counts has the metric"
+    return seeds, tuple(sorted(set.union(*having) - common)), values
+
+
+def _test(family: Sequence[Contrast], *, what: str) -> None:
+    """Choose the test of each, and correct for all that have one."""
+    tested = [one for one in family if one.flip is not None]
+    for one in tested:
+        one.test, one.p = _choose(one, tests=len(tested))
+    adjusted = stats.holm([one.p for one in tested if one.p is not None])
+    for one, p in zip(tested, adjusted, strict=True):
+        one.p_holm = p
+    for one in family:
+        one.tests = len(tested)
+        one.corrected_for = f"{len(tested)} {what}{'' if len(tested) == 1 else 's'}"
+
+
+def _choose(one: Contrast, *, tests: int) -> tuple[Literal["paired t", "sign-flip"], float]:
     """The sign-flip test where its smallest p can pass the correction, or where the spread is zero; else the paired t test.
 
-    The choice rests on the numbers of seeds and of comparisons alone, never on what was measured (a zero spread aside,
+    The choice rests on the numbers of seeds and of tests alone, never on what was measured (a zero spread aside,
     where the t test has no value at all).
     """
-    if one.flip is None:
-        return one
+    assert one.flip is not None, "two seeds or more"
     if one.t is None or stats.can_reach(one.flip.smallest, tests=tests):
-        return replace(one, test="sign-flip", p=one.flip.p)
-    return replace(one, test="paired t", p=one.t)
+        return "sign-flip", one.flip.p
+    return "paired t", one.t
 
 
-def _correct(made: Sequence[Comparison]) -> list[Comparison]:
-    tested = [one for one in made if one.p is not None]
-    adjusted = dict(zip(map(id, tested), stats.holm([one.p for one in tested if one.p is not None]), strict=True))
-    pooled = [one for one in made if one.images.pooled is not None]
-    by_image = dict(
-        zip(map(id, pooled), stats.holm([one.images.pooled.p for one in pooled if one.images.pooled]), strict=True)
-    )
-    return [
-        replace(
-            one,
-            p_holm=adjusted.get(id(one)),
-            tests=len(tested),
-            images=replace(one.images, p_holm=by_image.get(id(one))),
-        )
-        for one in made
-    ]
+def _correct_images(made: Sequence[Comparison]) -> None:
+    pooled = [(one, one.images.pooled) for one in made if one.images.pooled is not None]
+    for (one, _), p in zip(pooled, stats.holm([test.p for _, test in pooled]), strict=True):
+        one.images = replace(one.images, p_holm=p)
 
 
 def _caveats(arm: Arm, against: Arm) -> tuple[str, ...]:

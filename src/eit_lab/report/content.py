@@ -8,7 +8,7 @@ from typing import Any
 from eit_lab.report import stats
 from eit_lab.report.analyses import Analyses
 from eit_lab.report.arms import Ablation, Arm, device
-from eit_lab.report.comparison import Comparison
+from eit_lab.report.comparison import Comparison, Contrast, Interaction
 from eit_lab.report.curves import TRAINING_MACS
 from eit_lab.report.metric import Metric, number
 from eit_lab.report.pareto import images_per_s
@@ -75,44 +75,70 @@ def arms_rows(arms: Sequence[Arm], metric: Metric, analyses: Analyses | None = N
 
 def differences_table(comparisons: Sequence[Comparison], metric: Metric) -> Table:
     """Every planned comparison with its interval and its tests."""
-    unit = f" ({metric.difference_unit})" if metric.difference_unit else ""
+    rows = [(one.name, str(len(one.seeds)), *_tested(one)) for one in comparisons]
+    columns = ("comparison", "seeds", f"difference{_unit(metric)}", *_TESTED)
+    return Table("differences", "Differences, paired by seed", columns, rows, note=_SMALLEST)
+
+
+def interactions_table(interactions: Sequence[Interaction], metric: Metric) -> Table:
+    """Every planned difference of differences: the two, and the first less the second with its interval and its tests."""
     rows = []
-    for one in comparisons:
-        found, flip = one.estimate, one.flip
-        several = found is not None and found.n > 1
-        rows.append(
-            (
-                one.name,
-                str(len(one.seeds)),
-                metric.signed(found.mean) if found else NO,
-                metric.interval(found.low, found.high) if found and several else NO,
-                _p(one.t),
-                f"{flip.p:.3g} ({'≥' if flip.exact else 'sampled, ≥'} {flip.smallest:.3g})" if flip else NO,
-                one.test or "none",
-                _p(one.p_holm),
-                "no test" if one.p is None else "yes" if one.is_significant else "no",
-            )
-        )
-    columns = (
-        "comparison", "seeds", f"difference{unit}", "95% interval", "p, paired t", "p, sign-flip", "test that counts",
-        "p, Holm", "differs at 5%",
-    )  # fmt: skip
-    note = "in brackets the smallest p that the sign-flip test can give with so many seeds"
-    return Table("differences", "Differences, paired by seed", columns, rows, note=note)
+    for one in interactions:
+        sides = map(metric.signed, one.means) if one.means else (NO, NO)
+        rows.append((one.name, str(len(one.seeds)), *sides, *_tested(one)))
+    columns = ("comparison", "seeds", "first", "second", f"first - second{_unit(metric)}", *_TESTED)
+    note = f"first, second: the two differences, over the seeds that all of their arms have; {_SMALLEST}"
+    return Table("interactions", "Differences of differences, paired by seed", columns, rows, note=note)
 
 
-def differences_rows(comparisons: Sequence[Comparison], metric: Metric) -> Iterator[Row]:
+_TESTED = ("95% interval", "p, paired t", "p, sign-flip", "test that counts", "p, Holm", "differs at 5%")
+_SMALLEST = "in brackets the smallest p that the sign-flip test can give with so many seeds"
+
+
+def _unit(metric: Metric) -> str:
+    return f" ({metric.difference_unit})" if metric.difference_unit else ""
+
+
+def _tested(one: Contrast) -> tuple[str, ...]:
+    """Its mean, and what _TESTED names."""
+    found, flip, metric = one.estimate, one.flip, one.metric
+    return (
+        metric.signed(found.mean) if found else NO,
+        metric.interval(found.low, found.high) if found and found.n > 1 else NO,
+        _p(one.t),
+        f"{flip.p:.3g} ({'≥' if flip.exact else 'sampled, ≥'} {flip.smallest:.3g})" if flip else NO,
+        one.test or "none",
+        _p(one.p_holm),
+        "no test" if one.p is None else "yes" if one.is_significant else "no",
+    )
+
+
+def differences_rows(comparisons: Sequence[Comparison]) -> Iterator[Row]:
     """For CSV, values as recorded."""
     for one in comparisons:
-        found = stats.estimate([d / metric.scale for d in one.differences]) if one.differences else None
-        yield {
-            "arm": one.arm.label, "against": one.against.label, "metric": metric.key, "seeds": " ".join(map(str, one.seeds)),
-            "n": len(one.seeds), "difference": found.mean if found else None, "std": _nan(found.std) if found else None,
-            "low95": _nan(found.low) if found else None, "high95": _nan(found.high) if found else None, "p_t": one.t,
-            "p_sign_flip": one.flip.p if one.flip else None, "p_sign_flip_smallest": one.flip.smallest if one.flip else None,
-            "test": one.test, "p": one.p, "tests": one.tests, "p_holm": one.p_holm, "caveats": "; ".join(one.caveats),
-            "by_seed": " ".join(repr(d / metric.scale) for d in one.differences),
-        }  # fmt: skip
+        yield {"arm": one.arm.label, "against": one.against.label, **_tested_row(one)}
+
+
+def interactions_rows(interactions: Sequence[Interaction]) -> Iterator[Row]:
+    """For CSV, values as recorded."""
+    for one in interactions:
+        labels = [arm.label for arm in (*one.first, *one.second)]
+        means = [mean / one.metric.scale for mean in one.means] if one.means else [None, None]
+        arms = zip(("first_arm", "first_against", "second_arm", "second_against"), labels, strict=True)
+        yield {**dict(arms), "first": means[0], "second": means[1], **_tested_row(one)}
+
+
+def _tested_row(one: Contrast) -> Row:
+    metric = one.metric
+    found = stats.estimate([d / metric.scale for d in one.differences]) if one.differences else None
+    return {
+        "metric": metric.key, "seeds": " ".join(map(str, one.seeds)),
+        "n": len(one.seeds), "difference": found.mean if found else None, "std": _nan(found.std) if found else None,
+        "low95": _nan(found.low) if found else None, "high95": _nan(found.high) if found else None, "p_t": one.t,
+        "p_sign_flip": one.flip.p if one.flip else None, "p_sign_flip_smallest": one.flip.smallest if one.flip else None,
+        "test": one.test, "p": one.p, "tests": one.tests, "p_holm": one.p_holm, "caveats": "; ".join(one.caveats),
+        "by_seed": " ".join(repr(d / metric.scale) for d in one.differences),
+    }  # fmt: skip
 
 
 def images_tables(comparisons: Sequence[Comparison]) -> list[Table]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eit_lab.report.arms import Arm
-from eit_lab.report.comparison import Comparison
+from eit_lab.report.comparison import Comparison, Contrast
 from eit_lab.report.figure import INK, MUTED, PAPER, colour, line, marker, panel, shorten
 from eit_lab.report.metric import Metric, number
 from eit_lab.report.stats import Estimate
@@ -35,25 +35,27 @@ def accuracy_figure(arms: Sequence[Arm], metric: Metric) -> Figure:
     return figure
 
 
-def difference_figure(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> Figure | None:
-    """A row a comparison: the difference in every seed a dot, below them mean and 95% interval; None without any."""
-    shown = [one for one in comparisons if one.estimate is not None][:ROWS]
+def difference_figure(planned: Sequence[Contrast], arms: Sequence[Arm]) -> Figure | None:
+    """A row a comparison: the difference in every seed a dot, below them mean and 95% interval; None without any.
+
+    A difference of differences is of no one arm: its marks are those of the place after the last arm.
+    """
+    shown = [one for one in planned if one.estimate is not None][:ROWS]
     if not shown:
         return None
     of = {id(arm): place for place, arm in enumerate(arms)}
-    against = {id(one.against): one.against.label for one in shown}
-    of_one = len(against) == 1
-    figure, axes = _rows([one.arm.label if of_one else one.name for one in shown])
+    against = {one.against.label if isinstance(one, Comparison) else None for one in shown}
+    base = against.pop() if len(against) == 1 else None
+    figure, axes = _rows([one.arm.label if base and isinstance(one, Comparison) else one.name for one in shown])
     found = [one.estimate for one in shown if one.estimate is not None]
     low, high = _range([0.0, *(d for one in shown for d in one.differences)], found)
     axes.set_xlim(low, high)
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
     for place, (one, estimate) in enumerate(zip(shown, found, strict=True)):
-        _row(axes, place, one.differences, estimate, of=of[id(one.arm)])
+        _row(axes, place, one.differences, estimate, of=of[id(one.arm)] if isinstance(one, Comparison) else len(arms))
     metric = shown[0].metric
     unit = f" ({metric.difference_unit})" if metric.difference_unit else ""
-    base = f" from {shorten(shown[0].against.label)}" if of_one else ""
-    axes.set_xlabel(f"difference{base} in {metric.name}{unit}")
+    axes.set_xlabel(f"difference{f' from {shorten(base)}' if base else ''} in {metric.name}{unit}")
     return figure
 
 
