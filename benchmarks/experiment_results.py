@@ -9,6 +9,7 @@ cuts the verdict, the arms, the differences, what was found inside and the cost 
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ from eit_lab.report.__main__ import main as report
 ROOT = Path(__file__).parents[1] / "experiments"
 _BEGIN, _END = "<!-- drawn from records.jsonl by benchmarks/experiment_results.py -->", "<!-- end of results -->"
 _SECTIONS = ("Verdict", "Test top-1", "Differences", "Along the factor", "Inside the network", "Cost")
+_SEARCH, _SEARCH_END = "<!-- drawn from search/trials.csv -->", "<!-- end of the search -->"
 # Figures that a README shows; the report has them all.
 _FIGURES = (
     "accuracy", "factor", "inside_hfd_share", "inside_head_diversity", "inside_filters_input",
@@ -37,9 +39,9 @@ def main(argv: list[str]) -> int:
                 return 1
             text = _results((Path(scratch) / "report.md").read_text())
             readme = folder / "README.md"
-            before, mark, rest = readme.read_text().partition(_BEGIN)
-            assert mark, f"{readme} has no place for its results"
-            wanted = f"{before}{_BEGIN}\n\n{text}\n{_END}{rest.partition(_END)[2]}"
+            wanted = _between(readme.read_text(), _BEGIN, text, _END)
+            if (trials := folder / "search" / "trials.csv").is_file():
+                wanted = _between(wanted, _SEARCH, _search(trials), _SEARCH_END)
             if wanted == readme.read_text():
                 continue
             changed.append(folder.name)
@@ -49,6 +51,30 @@ def main(argv: list[str]) -> int:
     for name in changed:
         print(f"experiments/{name}/README.md")
     return 1 if changed and check else 0
+
+
+def _between(text: str, begin: str, new: str, end: str) -> str:
+    before, found, rest = text.partition(begin)
+    assert found, f"there is no {begin}"
+    return f"{before}{begin}\n\n{new}\n{end}{rest.partition(end)[2]}"
+
+
+def _search(trials: Path) -> str:
+    """A row an arm, a column a value of the one searched key, each with the objective in percent; the best of a row in bold."""
+    with trials.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["state"] == "finished"]
+    objective, key = list(rows[0])[3:5]
+    values = sorted({row[key] for row in rows}, key=float)
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], {})[row[key]] = 100 * float(row[objective])
+    lines = [f"| {objective} (%) at `{key}` | {' | '.join(values)} |", f"|---|{'---:|' * len(values)}"]
+    for arm, by_value in found.items():
+        best = max(by_value.values())
+        shown = [f"{by_value[v]:.2f}" if v in by_value else "-" for v in values]
+        cells = [f"**{text}**" if by_value.get(v) == best else text for v, text in zip(values, shown, strict=True)]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _results(page: str) -> str:
