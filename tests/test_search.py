@@ -707,6 +707,18 @@ def test_the_table_and_the_figure_say_what_was_found(
     assert {job.state for job in read_manifest(folder).jobs.values()} == {"finished"}
 
 
+def test_the_names_of_many_arms_stay_inside_the_figure(machine: Callable[..., Machine]) -> None:
+    import numpy as np
+    from PIL import Image
+
+    machine(at_once=3, draws=True)
+    arms = "model=vit_nano,eit_nano,lsra_nano,lsra_lite_nano,lsra_dynamic_nano,eit_mini,eit_tiny"
+    assert main([*BASE[:1], *BASE[2:], arms, "per=model", LR, "trials=1", "sampler=random"]) == 0
+    (folder,) = Path("runs/searches").iterdir()
+    image = np.asarray(Image.open(folder / "search.png").convert("L"))
+    assert (image[:, -3:] == 255).all()
+
+
 @pytest.mark.slow
 def test_a_wandb_sweep_is_the_same_search_to_wandbs_own_reader(here: Path) -> None:
     import optuna
