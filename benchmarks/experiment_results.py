@@ -17,11 +17,12 @@ import tempfile
 from pathlib import Path
 
 from eit_lab.report.__main__ import main as report
+from eit_lab.report.figure import colour, line, marker, panel, save_figure, style
 
 ROOT = Path(__file__).parents[1] / "experiments"
 _BEGIN, _END = "<!-- drawn from records.jsonl by benchmarks/experiment_results.py -->", "<!-- end of results -->"
 _SECTIONS = ("Verdict", "Test top-1", "Differences", "Along the factor", "Inside the network", "Cost")
-_SEARCH, _SEARCH_END = "<!-- drawn from search/trials.csv -->", "<!-- end of the search -->"
+_SEARCH, _SEARCH_END = "<!-- drawn from search/*.csv -->", "<!-- end of the search -->"
 # Figures that a README shows; the report has them all.
 _FIGURES = (
     "accuracy", "factor", "inside_hfd_share", "inside_head_diversity", "inside_filters_input",
@@ -40,14 +41,16 @@ def main(argv: list[str]) -> int:
             text = _results((Path(scratch) / "report.md").read_text())
             readme = folder / "README.md"
             wanted = _between(readme.read_text(), _BEGIN, text, _END)
-            if (trials := folder / "search" / "trials.csv").is_file():
-                wanted = _between(wanted, _SEARCH, _search(trials), _SEARCH_END)
+            if (folder / "search").is_dir():
+                wanted = _between(wanted, _SEARCH, _search(folder / "search"), _SEARCH_END)
             if wanted == readme.read_text():
                 continue
             changed.append(folder.name)
             if not check:
                 readme.write_text(wanted)
                 _copy_figures(Path(scratch) / "figures", folder / "figures", text)
+                if (folder / "search").is_dir():
+                    _draw_search(folder / "search")
     for name in changed:
         print(f"experiments/{name}/README.md")
     return 1 if changed and check else 0
@@ -59,22 +62,58 @@ def _between(text: str, begin: str, new: str, end: str) -> str:
     return f"{before}{begin}\n\n{new}\n{end}{rest.partition(end)[2]}"
 
 
-def _search(trials: Path) -> str:
-    """A row an arm, a column a value of the one searched key, each with the objective in percent; the best of a row in bold."""
-    with trials.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["state"] == "finished"]
+def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]]]:
+    """(objective, searched key, arm -> value of the key -> objective in percent) of all tables of trials in a folder."""
+    rows = [
+        row
+        for path in sorted(folder.glob("*.csv"))
+        for row in csv.DictReader(path.open())
+        if row["state"] == "finished"
+    ]
     objective, key = list(rows[0])[3:5]
-    values = sorted({row[key] for row in rows}, key=float)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[float, float]] = {}
     for row in rows:
-        found.setdefault(row["arm"], {})[row[key]] = 100 * float(row[objective])
-    lines = [f"| {objective} (%) at `{key}` | {' | '.join(values)} |", f"|---|{'---:|' * len(values)}"]
-    for arm, by_value in found.items():
-        best = max(by_value.values())
-        shown = [f"{by_value[v]:.2f}" if v in by_value else "-" for v in values]
-        cells = [f"**{text}**" if by_value.get(v) == best else text for v, text in zip(values, shown, strict=True)]
+        found.setdefault(row["arm"], {})[float(row[key])] = 100 * float(row[objective])
+    return objective, key, found
+
+
+def _search(folder: Path) -> str:
+    """A row an arm, a column a value of the searched key; the best of a row in bold. And the figure of it."""
+    objective, key, found = _read_search(folder)
+    values = sorted({value for of in found.values() for value in of})
+    lines = [
+        f"| {objective} (%) at `{key}` | {' | '.join(f'{v:g}' for v in values)} |",
+        f"|---|{'---:|' * len(values)}",
+    ]
+    for arm, of in found.items():
+        best = max(of.values())
+        cells = ["-" if v not in of else f"**{of[v]:.2f}**" if of[v] == best else f"{of[v]:.2f}" for v in values]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    caption = f"Held-out top-1 (%) of each arm by its learning rate: one seed a point, best of {len(values)} marked by a ring."
+    return "\n".join([*lines, "", f"![{caption}](search/learning_rate.png)", "", f"*{caption}*", ""])
+
+
+def _draw_search(folder: Path) -> None:
+    _, _, found = _read_search(folder)
+    with style():
+        figure, axes = panel(width=6.2, height=3.4)
+        for place, (arm, of) in enumerate(found.items()):
+            x = sorted(of)
+            look = {"color": colour(place), "linestyle": line(place), "marker": marker(place)}
+            axes.plot(x, [of[v] for v in x], markersize=5, markeredgewidth=0, label=arm, **look)
+            best = max(of, key=lambda v, of=of: of[v])
+            axes.plot(
+                [best], [of[best]], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour(place)
+            )
+        values = sorted({value for of in found.values() for value in of})
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{v:g}" for v in values])
+        axes.minorticks_off()
+        axes.set_xlabel("peak learning rate")
+        axes.set_ylabel("held-out top-1 (%)")
+        axes.grid(axis="y")
+        figure.legend(loc="outside right upper")
+        save_figure(figure, folder / "learning_rate")
 
 
 def _results(page: str) -> str:
