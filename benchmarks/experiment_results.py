@@ -31,26 +31,27 @@ _FIGURES = (
 
 
 def main(argv: list[str]) -> int:
-    """Write, or with --check compare, the results of every experiment that has records."""
+    """Write, or with --check compare, the results of every experiment that has records or a search."""
     check, changed = "--check" in argv, []
-    for records in sorted(ROOT.glob("*/records.jsonl")):
-        folder = records.parent
+    for folder in sorted(path.parent for path in ROOT.glob("*/experiment.yaml")):
+        readme = folder / "README.md"
+        wanted = readme.read_text()
         with tempfile.TemporaryDirectory() as scratch:
-            if report([str(folder), f"out={scratch}"]):
-                return 1
-            text = _results((Path(scratch) / "report.md").read_text())
-            readme = folder / "README.md"
-            wanted = _between(readme.read_text(), _BEGIN, text, _END)
-            if (folder / "search").is_dir():
-                wanted = _between(wanted, _SEARCH, _search(folder / "search"), _SEARCH_END)
-            if wanted == readme.read_text():
-                continue
+            if (folder / "records.jsonl").is_file():
+                if report([str(folder), f"out={scratch}"]):
+                    return 1
+                text = _results((Path(scratch) / "report.md").read_text())
+                wanted = _between(wanted, _BEGIN, text, _END)
+                if not check:
+                    _copy_figures(Path(scratch) / "figures", folder / "figures", text)
+        if (folder / "search").is_dir():
+            wanted = _between(wanted, _SEARCH, _search(folder / "search"), _SEARCH_END)
+            if not check:
+                _draw_search(folder / "search")
+        if wanted != readme.read_text():
             changed.append(folder.name)
             if not check:
                 readme.write_text(wanted)
-                _copy_figures(Path(scratch) / "figures", folder / "figures", text)
-                if (folder / "search").is_dir():
-                    _draw_search(folder / "search")
     for name in changed:
         print(f"experiments/{name}/README.md")
     return 1 if changed and check else 0

@@ -121,8 +121,9 @@ def test_what_a_readme_asks_of_two_arms_is_a_planned_comparison() -> None:
 
 
 @pytest.mark.slow
-def test_the_expected_costs_are_what_the_formula_gives() -> None:
-    script = EXPERIMENTS.parent / "benchmarks" / "experiment_costs.py"
+@pytest.mark.parametrize("name", ["experiment_costs", "experiment_results"])
+def test_what_readmes_say_of_cost_and_results_is_what_is_computed(name: str) -> None:
+    script = EXPERIMENTS.parent / "benchmarks" / f"{name}.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
