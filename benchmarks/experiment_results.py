@@ -9,7 +9,9 @@ cuts the verdict, the arms, the differences, what was found inside and the cost 
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import re
 import shutil
 import sys
@@ -38,8 +40,9 @@ def main(argv: list[str]) -> int:
         wanted = readme.read_text()
         with tempfile.TemporaryDirectory() as scratch:
             if (folder / "records.jsonl").is_file():
-                if report([str(folder), f"out={scratch}"]):
-                    return 1
+                with contextlib.redirect_stdout(io.StringIO()):
+                    if status := report([str(folder), f"out={scratch}"]):
+                        return status
                 text = _results((Path(scratch) / "report.md").read_text())
                 wanted = _between(wanted, _BEGIN, text, _END)
                 if not check:
