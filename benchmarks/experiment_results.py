@@ -71,7 +71,7 @@ def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]]]
     rows = [
         row
         for path in sorted(folder.glob("*.csv"))
-        for row in csv.DictReader(path.open())
+        for row in csv.DictReader(path.read_text().splitlines())
         if row["state"] == "finished"
     ]
     objective, key = list(rows[0])[3:5]
@@ -82,7 +82,7 @@ def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]]]
 
 
 def _search(folder: Path) -> str:
-    """A row an arm, a column a value of the searched key; the best of a row in bold. And the figure of it."""
+    """A row an arm, a column a value of the searched key; the best of a row in bold; and a link to the figure of it."""
     objective, key, found = _read_search(folder)
     values = sorted({value for of in found.values() for value in of})
     lines = [
