@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eit_lab import command
+from eit_lab.caches import user_cache
 from eit_lab.processes import count_cores
 
 if TYPE_CHECKING:
@@ -424,10 +425,10 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 def _open(word: str, name: str) -> OpenRoot:
     """A root of any layout; ``name`` stands for data.root in what is said of it."""
     from eit_lab.config import ConfigError
-    from eit_lab.data.roots import cache_folder, open_at
+    from eit_lab.data.roots import open_at
 
     try:
-        return open_at(word, cache=cache_folder(os.environ.get("EIT_LAB_CACHE")), cache_gb=_CACHE_GB)
+        return open_at(word, cache=user_cache(), cache_gb=_CACHE_GB)
     except ConfigError as error:
         raise ConfigError(str(error).replace("data.root", name)) from None
 
