@@ -233,6 +233,25 @@ def test_initialisation_is_the_published_one() -> None:
     assert all(not m.bias.any() for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm))
 
 
+def test_cls_adds_its_normalised_self_in_the_channels_of_the_published_convolution() -> None:
+    """docs/models.md: norm of CLS, and how much of it differs between images, before any training."""
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in ("vit_nano", "lsra_lite_nano", "lsra_nano", "eit_nano"):
+        model = build(compose_model(name)).eval()
+        last: list[torch.Tensor] = []
+        model.blocks[-1].register_forward_hook(lambda _, __, x, last=last: last.append(x))
+        with torch.no_grad():
+            model(images)
+        cls = last[0][:, 0].double()
+        share = (cls - cls.mean(0)).square().sum() / cls.square().sum()
+        found[name] = cls.norm(dim=1).mean().item(), share.item()
+    for name in ("lsra_nano", "eit_nano"):
+        assert found[name][0] > 10 * found["vit_nano"][0]
+        assert found[name][1] < found["vit_nano"][1] / 100
+    assert found["lsra_lite_nano"][0] < 2 * found["vit_nano"][0]
+
+
 def test_stochastic_depth_drops_whole_rows_in_training_only() -> None:
     config = dataclasses.replace(small(), drop_path_rate=0.99)
     model = build(config)
