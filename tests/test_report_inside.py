@@ -338,6 +338,7 @@ def test_the_confounds_are_in_every_report_and_say_what_is_so_here() -> None:
     ("key", "value", "said"),
     [
         ("recipe.cutmix_alpha", 0.0, "The recipe is not the same in all arms (recipe.cutmix_alpha: 0.0 in vit, 1.0 in lsra, lsra_lite and eit)"),
+        ("recipe.lr", 0.5, "The learning rate is not the same in all arms (recipe.lr: 0.5 in vit,"),
         ("model.size.mlp_ratio", 2.0, "is not the same in all arms (256 (2 x 128) in vit; 512 (4 x 128) in lsra, lsra_lite and eit)"),
         ("model.size.embed_dim", 64, "Arms differ in more than their inductive bias (model.size.embed_dim"),
         ("model.stem.kind", "conv", "Arms differ in more than their inductive bias (model.stem.kind): a correlation across them mixes these"),

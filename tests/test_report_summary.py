@@ -434,15 +434,16 @@ def test_a_result_that_is_no_number_is_not_averaged_over(value: object) -> None:
 
 
 def test_what_runs_were_made_on_is_said_and_does_not_part_them() -> None:
-    records = [made_record("vit_x", s, 0.9) for s in range(3)]
+    records = [made_record("vit_x", s, 0.9) for s in range(4)]
     records[1]["placement"] = {**records[1]["placement"], "device": "NVIDIA H100", "world_size": 8}
     records[2]["versions"] = {"code": "abc", "packages": {"torch": "2.11.0"}}
     records[2]["restarts"] = 2
+    records[3]["versions"]["processor"] = "AMD EPYC"
     found = ablation(records)
-    assert seeds_by_arm(found) == {"vit_x": [0, 1, 2]}
+    assert seeds_by_arm(found) == {"vit_x": [0, 1, 2, 3]}
     assert found.unequal == [
-        "different devices: 1 x cpu, 1 threads (2 runs), 8 x NVIDIA H100 (1 run)",
-        "different versions of torch: 2.14.1 (2 runs), 2.11.0 (1 run)",
+        "different devices: 1 x CPU, 1 thread (2 runs), 8 x NVIDIA H100 (1 run), 1 x AMD EPYC (CPU), 1 thread (1 run)",
+        "different versions of torch: 2.14.1 (3 runs), 2.11.0 (1 run)",
         "stopped and gone on from their own state: vit_x seed 2 (2x)",
     ]
 

@@ -37,6 +37,7 @@ from eit_lab.caches import user_cache
 from eit_lab.config import Config, ConfigError
 from eit_lab.finetune import checkpoint_hash
 from eit_lab.loading import dump
+from eit_lab.processor import machine
 from eit_lab.version import __version__
 
 RECORD_SCHEMA = 1
@@ -323,6 +324,7 @@ def versions() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "processor": machine(),
     }
 
 

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from eit_lab.benchmark.processor import machine
 from eit_lab.benchmark.words import read_words
 from eit_lab.compose import parse_flags
 from eit_lab.config import ConfigError
 from eit_lab.manifest import read_manifest
+from eit_lab.processor import machine
 from eit_lab.runs import code_state, versions, write_text
 from eit_lab.sweep.arms import read_sweep
 from eit_lab.sweep.launch import launch

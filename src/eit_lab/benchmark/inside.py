@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from eit_lab.benchmark.processor import machine
 from eit_lab.benchmark.words import read_words
 from eit_lab.config import ConfigError
+from eit_lab.processor import machine
 from eit_lab.runs import code_state, versions, write_text
 
 HELP = """\

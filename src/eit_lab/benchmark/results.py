@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any, TypeAlias
 
 from eit_lab.benchmark.gpu import MFU_SHARES, PEAK_FLOPS, Appetite, appetites
-from eit_lab.benchmark.processor import machine
 from eit_lab.benchmark.table import Cell, Row, markdown_table, rates_figure, text_table, write
 from eit_lab.benchmark.turns import Spread, ratio
+from eit_lab.processor import machine
 from eit_lab.report.figure import save_figure
 from eit_lab.runs import code_state, versions
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from eit_lab.config import ConfigError
 from eit_lab.loading import nearest
 from eit_lab.report.keys import covers, flat_config, following, varying, without
+from eit_lab.report.made_on import unequal
 from eit_lab.report.metric import Metric, number
 from eit_lab.report.records import RunEntry, Source, plain_text
 from eit_lab.report.stats import Estimate, estimate
@@ -118,7 +119,7 @@ def collect(sources: Sequence[Source], metric: Metric, *, baseline: str | None =
         found.pairs = [(arm, against) for arm in found.arms if arm is not against] if against else []
         if against is None:
             found.unmet.append(f"The baseline {baseline} has no run that counts: nothing is held against it.")
-    found.unequal = _unequal(found.arms)
+    found.unequal = unequal({arm.label: arm.runs for arm in found.arms})
     return found
 
 
@@ -440,7 +441,7 @@ def _is_same(arm: Arm, other: Arm) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------- baselines, inequalities
+# ---------------------------------------------------------------------------------------------------------------- baselines
 
 
 def baseline_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -465,42 +466,3 @@ def _find_baseline(found: Ablation, label: str) -> Arm | None:
             f"baseline must be one of the arms {', '.join(known)}, got {label!r}{nearest(label, list(known))}"
         )
     return arm
-
-
-def _unequal(arms: Sequence[Arm]) -> list[str]:
-    """What a reader must know of the runs that count before trusting a comparison."""
-    runs = [run for arm in arms for run in arm.runs.values()]
-    said = []
-    codes = Counter(str((run.record.get("versions") or {}).get("code")) for run in runs)
-    if len(codes) > 1:
-        said.append(
-            f"runs were made with {len(codes)} versions of the code ({', '.join(sorted(codes))}): rerun for a fair table"
-        )
-    for what, of in (("devices", device), ("precisions", _precision), ("versions of torch", _torch)):
-        counts = Counter(text for run in runs if (text := of(run)))
-        if len(counts) > 1:
-            shown = (f"{text} ({n} run{'' if n == 1 else 's'})" for text, n in counts.most_common())
-            said.append(f"different {what}: {', '.join(shown)}")
-    seeds = {arm.label: arm.seeds for arm in arms}
-    if len({tuple(s) for s in seeds.values()}) > 1:
-        listed = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
-        said.append(f"arms have different seeds ({listed}): differences use the common ones only")
-    again = [f"{run.label} ({n}x)" for run in runs if (n := run.record.get("restarts"))]
-    if again:
-        said.append(f"stopped and gone on from their own state: {', '.join(again)}")
-    return said
-
-
-def device(run: RunEntry) -> str:
-    """On how many of which devices a run was made; empty where it is not known."""
-    placement = run.record.get("placement") or {}
-    name = placement.get("device") or placement.get("accelerator")
-    return plain_text(f"{placement.get('world_size', 1)} x {name}") if name else ""
-
-
-def _precision(run: RunEntry) -> str:
-    return str((run.record.get("placement") or {}).get("precision") or "")
-
-
-def _torch(run: RunEntry) -> str:
-    return str(((run.record.get("versions") or {}).get("packages") or {}).get("torch") or "")

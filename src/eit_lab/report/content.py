@@ -7,9 +7,10 @@ from typing import Any
 
 from eit_lab.report import stats
 from eit_lab.report.analyses import Analyses
-from eit_lab.report.arms import Ablation, Arm, device
+from eit_lab.report.arms import Ablation, Arm
 from eit_lab.report.comparison import Comparison, Contrast, Interaction
 from eit_lab.report.curves import TRAINING_MACS
+from eit_lab.report.made_on import device
 from eit_lab.report.metric import Metric, number
 from eit_lab.report.pareto import images_per_s
 from eit_lab.report.records import RunEntry

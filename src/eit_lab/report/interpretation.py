@@ -225,6 +225,8 @@ def _recipe(arms: Sequence[ArmAnalyses]) -> str:
     if keys:
         shown = "; ".join(f"{key}: {_by_value(arms, key)}" for key in keys[:3])
         more = f" and {len(keys) - 3} more keys" if len(keys) > 3 else ""
+        if keys == ["recipe.lr"]:
+            return f"The learning rate is not the same in all arms ({shown}): a difference here may come from it, too."
         return f"The recipe is not the same in all arms ({shown}{more}). {alone}: a difference here cannot be laid to the inductive bias."
     alphas = {number(config.get("recipe.cutmix_alpha")) for config in configs}
     alpha = alphas.pop() if len(alphas) == 1 else None

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from eit_lab import published
-from eit_lab.report.arms import Arm, device
+from eit_lab.report.arms import Arm
 from eit_lab.report.figure import INK, MUTED, PAPER, colour, marker, panel, shorten
+from eit_lab.report.made_on import device
 from eit_lab.report.metric import Metric, number
 from eit_lab.units import prefix_of
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eit_lab.benchmark.processor import machine
 from eit_lab.config import ConfigError
+from eit_lab.processor import machine
 from eit_lab.runs import code_state, versions
 
 if TYPE_CHECKING:

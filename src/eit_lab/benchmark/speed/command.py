@@ -110,7 +110,7 @@ def _facts(device: str) -> Mapping[str, Any]:
     """What the figures were made with: device, processor, threads, versions, date, commit."""
     import torch
 
-    from eit_lab.benchmark.processor import machine
+    from eit_lab.processor import machine
     from eit_lab.training.peak import known_peak
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
