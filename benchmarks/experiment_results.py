@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from eit_lab.report.__main__ import main as report
@@ -24,6 +25,10 @@ from eit_lab.report.figure import colour, line, marker, panel, save_figure, styl
 ROOT = Path(__file__).parents[1] / "experiments"
 _BEGIN, _END = "<!-- drawn from records.jsonl by benchmarks/experiment_results.py -->", "<!-- end of results -->"
 _SECTIONS = ("Verdict", "Test top-1", "Differences", "Along the factor", "Inside the network", "Cost")
+_ANSWERS, _ANSWERS_END = (
+    "<!-- drawn from the experiments' answers by benchmarks/experiment_results.py -->",
+    "<!-- end of answers -->",
+)
 _SEARCH, _SEARCH_END = "<!-- drawn from search/*.csv -->", "<!-- end of the search -->"
 # Figures that a README shows; the report has them all.
 _FIGURES = (
@@ -35,7 +40,8 @@ _FIGURES = (
 def main(argv: list[str]) -> int:
     """Write, or with --check compare, the results of every experiment that has records or a search."""
     check, changed = "--check" in argv, []
-    for folder in sorted(path.parent for path in ROOT.glob("*/experiment.yaml")):
+    folders = sorted(path.parent for path in ROOT.glob("*/experiment.yaml"))
+    for folder in folders:
         readme = folder / "README.md"
         wanted = readme.read_text()
         with tempfile.TemporaryDirectory() as scratch:
@@ -52,11 +58,17 @@ def main(argv: list[str]) -> int:
             if not check:
                 _draw_search(folder / "search")
         if wanted != readme.read_text():
-            changed.append(folder.name)
+            changed.append(readme)
             if not check:
                 readme.write_text(wanted)
-    for name in changed:
-        print(f"experiments/{name}/README.md")
+    index = ROOT / "README.md"
+    wanted = _between(index.read_text(), _ANSWERS, _answers(folders), _ANSWERS_END)
+    if wanted != index.read_text():
+        changed.append(index)
+        if not check:
+            index.write_text(wanted)
+    for path in changed:
+        print(path.relative_to(ROOT.parent))
     return 1 if changed and check else 0
 
 
@@ -64,6 +76,21 @@ def _between(text: str, begin: str, new: str, end: str) -> str:
     before, found, rest = text.partition(begin)
     assert found, f"there is no {begin}"
     return f"{before}{begin}\n\n{new}\n{end}{rest.partition(end)[2]}"
+
+
+def _answers(folders: Sequence[Path]) -> str:
+    """The title and the answer of every experiment that has run, a line each."""
+    lines = []
+    for folder in folders:
+        if not (folder / "records.jsonl").is_file():
+            continue
+        text = (folder / "README.md").read_text()
+        title = re.match(r"# \d+: (.+)\n", text)
+        answer = re.search(r"^\*\*Answer\.\*\* (.+?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+        assert title and answer, f"{folder.name}/README.md has no title or no answer"
+        said = re.sub(r"\]\(\.\./", "](", " ".join(answer[1].split()))
+        lines.append(f"- [{folder.name.partition('-')[0]}]({folder.name}) **{title[1]}.** {said}")
+    return "\n".join(lines) + "\n" if lines else "None has run yet.\n"
 
 
 def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]]]:
