@@ -87,7 +87,7 @@ def _answers(folders: Sequence[Path]) -> str:
         text = (folder / "README.md").read_text()
         title = re.match(r"# \d+: (.+)\n", text)
         answer = re.search(r"^\*\*Answer\.\*\* (.+?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
-        assert title and answer, f"{folder.name}/README.md has no title or no answer"
+        assert title and answer, f"{folder.name}/README.md has no title or no answer"  # noqa: PT018
         said = re.sub(r"\]\(\.\./", "](", " ".join(answer[1].split()))
         lines.append(f"- [{folder.name.partition('-')[0]}]({folder.name}) **{title[1]}.** {said}")
     return "\n".join(lines) + "\n" if lines else "None has run yet.\n"
