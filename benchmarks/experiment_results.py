@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     """Write, or with --check compare, the results of every experiment that has records or a search."""
     check, changed = "--check" in argv, []
     folders = sorted(path.parent for path in ROOT.glob("*/experiment.yaml"))
+    unbacked: list[str] = []
     for folder in folders:
         readme = folder / "README.md"
         wanted = readme.read_text()
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
                         return status
                 text = _results((Path(scratch) / "report.md").read_text())
                 wanted = _between(wanted, _BEGIN, text, _END)
+                unbacked += _unbacked(folder.name, answer(wanted), text)
                 if not check:
                     _copy_figures(Path(scratch) / "figures", folder / "figures", text)
         if (folder / "search").is_dir():
@@ -69,7 +71,9 @@ def main(argv: list[str]) -> int:
             index.write_text(wanted)
     for path in changed:
         print(path.relative_to(ROOT.parent))
-    return 1 if changed and check else 0
+    for said in unbacked:
+        print(said)
+    return 1 if unbacked or (changed and check) else 0
 
 
 def _between(text: str, begin: str, new: str, end: str) -> str:
@@ -86,15 +90,32 @@ def _answers(folders: Sequence[Path]) -> str:
             continue
         text = (folder / "README.md").read_text()
         title = re.match(r"# \d+: (.+)\n", text)
-        answer = re.search(r"^\*\*Answer\.\*\* (.+?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
-        assert title and answer, f"{folder.name}/README.md has no title or no answer"  # noqa: PT018
-        said = re.sub(r"\]\(\.\./", "](", " ".join(answer[1].split()))
+        assert title, f"{folder.name}/README.md has no title"
+        said = re.sub(r"\]\(\.\./", "](", answer(text))
         lines.append(f"- [{folder.name.partition('-')[0]}]({folder.name}) **{title[1]}.** {said}")
     return "\n".join(lines) + "\n" if lines else "None has run yet.\n"
 
 
-def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]]]:
-    """(objective, searched key, arm -> value of the key -> objective in percent) of all tables of trials in a folder."""
+def answer(readme: str) -> str:
+    """The paragraph that answers the question of an experiment."""
+    found = re.search(r"^\*\*Answer\.\*\* (.+?)(?=\n\n|\Z)", readme, re.MULTILINE | re.DOTALL)
+    assert found, "there is no **Answer.**"
+    return " ".join(found[1].split())
+
+
+def _unbacked(name: str, said: str, results: str) -> list[str]:
+    """The numbers with a fraction of an answer that the results do not have, a line each."""
+    there = set(re.findall(r"[+-]?\d+\.\d+", results.replace("\\", "")))
+    there |= {number.lstrip("+-") for number in there}
+    return [
+        f"experiments/{name}/README.md answers with {number}, which is not in its results"
+        for number in re.findall(r"[+-]?\d+\.\d+", re.sub(r"\]\([^)]*\)", "]", said).replace("\u2212", "-"))
+        if number not in there
+    ]
+
+
+def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]], int]:
+    """(objective, searched key, arm -> value of the key -> objective in percent, seeds a trial) of all tables of trials in a folder."""
     rows = [
         row
         for path in sorted(folder.glob("*.csv"))
@@ -105,12 +126,13 @@ def _read_search(folder: Path) -> tuple[str, str, dict[str, dict[float, float]]]
     found: dict[str, dict[float, float]] = {}
     for row in rows:
         found.setdefault(row["arm"], {})[float(row[key])] = 100 * float(row[objective])
-    return objective, key, found
+    (seeds,) = {len(row["runs"].split()) for row in rows}
+    return objective, key, found, seeds
 
 
 def _search(folder: Path) -> str:
     """A row an arm, a column a value of the searched key; the best of a row in bold; and a link to the figure of it."""
-    objective, key, found = _read_search(folder)
+    objective, key, found, seeds = _read_search(folder)
     values = sorted({value for of in found.values() for value in of})
     lines = [
         f"| {objective} (%) at `{key}` | {' | '.join(f'{v:g}' for v in values)} |",
@@ -120,12 +142,13 @@ def _search(folder: Path) -> str:
         best = max(of.values())
         cells = ["-" if v not in of else f"**{of[v]:.2f}**" if of[v] == best else f"{of[v]:.2f}" for v in values]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    caption = f"Held-out top-1 (%) of each arm by its learning rate: one seed a point, best of {len(values)} marked by a ring."
+    point = "one seed a point" if seeds == 1 else f"a point is the mean of {seeds} seeds"
+    caption = f"Held-out top-1 (%) of each arm by its learning rate: {point}, best of {len(values)} marked by a ring."
     return "\n".join([*lines, "", f"![{caption}](search/learning_rate.png)", "", f"*{caption}*", ""])
 
 
 def _draw_search(folder: Path) -> None:
-    _, _, found = _read_search(folder)
+    _, _, found, _ = _read_search(folder)
     with style():
         figure, axes = panel(width=6.2, height=3.4)
         for place, (arm, of) in enumerate(found.items()):
