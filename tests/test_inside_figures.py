@@ -305,8 +305,8 @@ def test_the_first_arms_are_shown_and_the_others_named() -> None:
     assert list(panels) == ["hfd_share", "head_diversity", "log_amplitude", "attention_distance"]
     figure, caption = panels["attention_distance"]
     assert len(figure.axes) == SHOWN
-    assert caption.endswith("The first 6 of 8 arms; not shown: arm 6, arm 7.")
-    assert "The first 6 of 8 arms; not shown: arm 6, arm 7" in check_legible(arms_page(arms), width=7.0)
+    assert caption.endswith("The first 7 of 9 arms; not shown: arm 7, arm 8.")
+    assert "The first 7 of 9 arms; not shown: arm 7, arm 8" in check_legible(arms_page(arms), width=7.0)
 
 
 def test_an_arm_keeps_the_colour_of_its_place() -> None:

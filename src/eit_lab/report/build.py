@@ -14,7 +14,7 @@ from eit_lab.report import content, curves, figures, inside_tables, pareto
 from eit_lab.report.analyses import ARGUED, QUANTITIES, Analyses, choose
 from eit_lab.report.arms import Ablation, Arm, collect
 from eit_lab.report.comparison import Comparison, Interaction, compare_all
-from eit_lab.report.figure import PANEL, save_figure, style
+from eit_lab.report.figure import COLOURS, LINES, PANEL, save_figure, style
 from eit_lab.report.inside.arms import SHOWN as PANEL_ARMS
 from eit_lab.report.inside.arms import arms_panels
 from eit_lab.report.inside.numbers import ArmInside
@@ -196,16 +196,22 @@ def _differences(report: Report) -> Section:
 
 
 def _few(report: Report, arms: Sequence[Arm], *, to: int) -> list[tuple[int, Arm]]:
-    """The arms that a figure of lines can hold, with their places: all, or the baselines and those with the best means."""
+    """The arms that a figure of lines can hold, with their places: all, or the baselines and those with the best means.
+
+    An arm has one place, and so one colour, in all figures, unless there are so many arms that lines would look the same.
+    """
     metric = report.metric
+    places = [(place, arm) for place, arm in enumerate(report.ablation.arms) if any(arm is one for one in arms)]
     if len(arms) <= to:
-        return [(place, arm) for place, arm in enumerate(report.ablation.arms) if any(arm is one for one in arms)]
+        return places
     baselines = list({id(one.against): one.against for one in report.comparisons}.values())[:_SMALL]
     sign = -1 if metric.higher_is_better is not False else 1
     best = sorted(arms, key=lambda arm: sign * arm.estimate(metric).mean)
     ranked = {id(arm): arm for arm in [*baselines, *best] if any(arm is one for one in arms)}
     chosen = set(list(ranked)[:to])
-    return [(place, arm) for place, arm in enumerate(arm for arm in arms if id(arm) in chosen)]
+    left = [(place, arm) for place, arm in places if id(arm) in chosen]
+    few = len(report.ablation.arms) <= len(COLOURS) * len(LINES)
+    return left if few else [(place, arm) for place, (_, arm) in enumerate(left)]
 
 
 def _curves(drawn: Sequence[tuple[int, Arm]], report: Report) -> Section | None:

@@ -14,9 +14,10 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without their yellow and black, which are lost on white and on dark paper.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito's colours without their yellow and black, which are lost on white and on dark paper, and an indigo, which is darker
+# than the others, so that it differs without its hue too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#4B2E83")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 LINES = ("-", "--", ":", "-.")
 # Colours of their own, so that a page can exchange them for its own in the dark (page.py).
 INK, MUTED, GRID, PAPER = "#1c2126", "#697177", "#dde1e4", "#ffffff"
@@ -75,7 +76,7 @@ def colour(place: int) -> str:
 
 
 def marker(place: int) -> str:
-    """Of the n-th arm; with the colour it repeats after 42 arms only."""
+    """Of the n-th arm; with the colour it repeats after 56 arms only."""
     return MARKERS[place % len(MARKERS)]
 
 

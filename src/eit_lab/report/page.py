@@ -17,7 +17,7 @@ from eit_lab.version import __version__
 
 PAGE = "report.html"
 # The same hues on dark paper: blue and vermilion lighter, so that thin lines keep a contrast of 3 to 1 and more.
-DARK_COLOURS = ("#3b9bdc", "#e69f00", "#1fb88a", "#cc79a7", "#e8702a", "#8ccdf2")
+DARK_COLOURS = ("#3b9bdc", "#e69f00", "#1fb88a", "#cc79a7", "#e8702a", "#8ccdf2", "#b3a2f0")
 _TOGETHER = re.compile(
     r"(?<=\b[pnρ]) (?=[=<])|(?<=[=<]) (?=[\d+\N{MINUS SIGN}])|(?<=\d) (?=points\b|seeds?\b)|(?<=95%) (?=CI)|(?<=\bCI) "
 )

@@ -52,7 +52,7 @@ from eit_lab.report.inside.paper import (
     words_height,
 )
 
-SHOWN = 6
+SHOWN = 7
 """Most arms of one figure: more lines with bands cannot be told apart."""
 _MATRICES = 3
 """Most matrices of similarity on a page; each is a figure of its own as well."""
