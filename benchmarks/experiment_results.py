@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
                         return status
                 text = _results((Path(scratch) / "report.md").read_text())
                 wanted = _between(wanted, _BEGIN, text, _END)
-                unbacked += _unbacked(folder.name, answer(wanted), text)
+                unbacked += _unbacked(f"experiments/{folder.name}/README.md", answer(wanted), text)
                 if not check:
                     _copy_figures(Path(scratch) / "figures", folder / "figures", text)
         if (folder / "search").is_dir():
@@ -69,6 +69,11 @@ def main(argv: list[str]) -> int:
         changed.append(index)
         if not check:
             index.write_text(wanted)
+    front = (ROOT.parent / "README.md").read_text()
+    for name, said in re.findall(
+        r"<!-- every number is in experiments/(\S+)/README.md -->(.*?)<!-- end -->", front, re.DOTALL
+    ):
+        unbacked += _unbacked("README.md", said, (ROOT / name / "README.md").read_text().partition(_BEGIN)[2])
     for path in changed:
         print(path.relative_to(ROOT.parent))
     for said in unbacked:
@@ -108,7 +113,7 @@ def _unbacked(name: str, said: str, results: str) -> list[str]:
     there = set(re.findall(r"[+-]?\d+\.\d+", results.replace("\\", "")))
     there |= {number.lstrip("+-") for number in there}
     return [
-        f"experiments/{name}/README.md answers with {number}, which is not in its results"
+        f"{name} says {number}, which is not in the results"
         for number in re.findall(r"[+-]?\d+\.\d+", re.sub(r"\]\([^)]*\)", "]", said).replace("\u2212", "-"))
         if number not in there
     ]
