@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from eit_lab.config import ConfigError
-from eit_lab.report.figure import COLOURS, save_figure, style
+from eit_lab.report.figure import COLOURS, MUTED, save_figure, style
 from eit_lab.report.inside.arms import SHOWN, arms_page, arms_panels
 from eit_lab.report.inside.model import model_page, model_panels
 from eit_lab.report.inside.numbers import ArmInside, Inside, group, load_inside, read_between, read_inside
@@ -307,6 +307,24 @@ def test_the_first_arms_are_shown_and_the_others_named() -> None:
     assert len(figure.axes) == SHOWN
     assert caption.endswith("The first 7 of 9 arms; not shown: arm 7, arm 8.")
     assert "The first 7 of 9 arms; not shown: arm 7, arm 8" in check_legible(arms_page(arms), width=7.0)
+
+
+def test_more_arms_than_one_plot_can_hold_get_a_plot_each_beside_the_mean_of_the_first() -> None:
+    names = [f"arm {n}" for n in range(5)]
+    four, five = (arms_panels(arms_of(names[:n], seeds=2, layers=3, without=("filters",))) for n in (4, 5))
+    for name in ("hfd_share", "head_diversity", "log_amplitude"):
+        assert len(four[name][0].axes) == 1
+        figure, caption = five[name]
+        assert [axes.get_title(loc="left") for axes in figure.axes] == names
+        assert caption.endswith("Grey: the mean of arm 0.")
+        assert len({axes.get_ylim() for axes in figure.axes}) == 1
+        (first, *others) = [[one for one in axes.get_lines() if one.get_linestyle() == "-"] for axes in figure.axes]
+        (mean,) = first
+        for lines in others:
+            (grey,) = [one for one in lines if one.get_color() == MUTED]
+            assert list(grey.get_ydata()) == list(mean.get_ydata())  # type: ignore[arg-type]
+            assert len(lines) == 2
+        check_legible(figure, width=3.3)
 
 
 def test_an_arm_keeps_the_colour_of_its_place() -> None:

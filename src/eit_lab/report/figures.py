@@ -85,9 +85,9 @@ def _rows(labels: Sequence[str]) -> tuple[Figure, Axes]:
 def _row(axes: Axes, place: int, values: Sequence[float], found: Estimate, *, of: int) -> None:
     """Dots above the row's middle, a little apart where they would hide each other; the interval below it."""
     apart = 0.055
-    heights = [place - _DOTS_UP + apart * ((n % 3) - 1) for n in range(len(values))]
+    heights = [place - _DOTS_UP + apart * ((rank % 3) - 1) for rank in range(len(values))]
     axes.scatter(
-        values,
+        sorted(values),
         heights,
         s=20,
         color=colour(of),

@@ -8,7 +8,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from eit_lab.report.analyses import QUANTITIES, Analyses, ArmAnalyses
-from eit_lab.report.figure import INK, MUTED, PAPER, colour, marker, panel, shorten
+from eit_lab.report.figure import MUTED, PAPER, colour, marker, panel, shorten
 from eit_lab.report.interpretation import values_of
 from eit_lab.report.metric import Metric
 
@@ -40,8 +40,8 @@ def scatter_figure(analyses: Analyses, metric: Metric, key: str, *, places: Mapp
         place = places[one.arm.label]
         ink, mark = colour(place), marker(place)
         axes.scatter(x, y, s=22, color=ink, marker=mark, alpha=0.75, linewidths=0.5, edgecolors=PAPER, zorder=3)
-        axes.scatter(
-            [fmean(x)], [fmean(y)], s=75, color=ink, marker=mark, linewidths=1.1, edgecolors=INK, zorder=4,
+        axes.scatter(  # hollow, so that no run hides behind a mean
+            [fmean(x)], [fmean(y)], s=90, facecolors="none", marker=mark, linewidths=1.6, edgecolors=ink, zorder=4,
             label=shorten(one.arm.label, to=44),
         )  # fmt: skip
     axes.set_xlabel(QUANTITIES[key].title)

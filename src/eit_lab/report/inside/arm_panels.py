@@ -7,7 +7,8 @@ of the untrained models. Depth is a layer's number where all arms have as many l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,12 +39,20 @@ _MARKED = 16
 """Most layers that are marked one by one."""
 
 
+class Draw(Protocol):
+    """Draws arms on the axes of one panel."""
+
+    def __call__(self, axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool) -> None: ...
+
+
 @dataclass(frozen=True)
 class Shown:
     """An arm with the look it has in every figure."""
 
     arm: ArmInside
     place: int
+    muted: bool = False
+    """Only its mean, in grey: what another arm is held against."""
 
     @property
     def name(self) -> str:
@@ -91,6 +100,10 @@ def _band(
     axes: Axes, one: Shown, x: FloatArray, values: FloatArray | None, *, before: FloatArray | None = None
 ) -> None:
     """Mean and range over seeds of values (seeds, x), and the mean of the untrained models."""
+    if one.muted:
+        if values is not None:
+            axes.plot(x, values.mean(axis=0), color=MUTED, linewidth=1.0, zorder=2.2)
+        return
     shade = colour(one.place)
     if before is not None:
         look = {**REFERENCE, "color": shade, "alpha": 0.8}
@@ -107,6 +120,20 @@ def _band(
     axes.plot(
         x, values.mean(axis=0), color=shade, linestyle=line(one.place), marker=mark, markeredgewidth=0, zorder=2.5
     )
+
+
+def draw_apart(axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool, draw: Draw, across: int) -> None:
+    """What ``draw`` draws of all arms in one plot, in a plot an arm, ``across`` in a row; the mean of the first in grey in each."""
+    for place, (plot, one) in enumerate(zip(axes, shown, strict=True)):
+        draw([plot], [one, replace(shown[0], muted=True)] if place else [one], alone=alone)
+        dress(plot, shorten(one.arm.label, to=44 // across))
+        plot.tick_params(labelleft=place % across == 0)
+        if place + across < len(axes):
+            plot.set_xlabel("")
+    low, high = min(plot.get_ylim()[0] for plot in axes), max(plot.get_ylim()[1] for plot in axes)
+    for plot in axes:
+        plot.set_ylim(low, high)
+        plot.locator_params(axis="y", nbins=4)
 
 
 # --------------------------------------------------------------------------------------------------------------- frequency

@@ -9,18 +9,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from eit_lab.report.figure import INK, MUTED, shorten
 from eit_lab.report.inside.arm_panels import (
+    Draw,
     Shown,
     any_has,
     distance_keys,
+    draw_apart,
     draw_between,
     draw_distances,
     draw_filters,
@@ -53,6 +53,9 @@ from eit_lab.report.inside.paper import (
 )
 
 SHOWN = 7
+_TOGETHER = 4
+"""Most arms whose bands can be told apart in one plot; a figure that stands alone has a plot an arm beyond."""
+_ACROSS = 3
 """Most arms of one figure: more lines with bands cannot be told apart."""
 _MATRICES = 3
 """Most matrices of similarity on a page; each is a figure of its own as well."""
@@ -60,16 +63,12 @@ _TITLE = 64
 """Most letters of a page's title."""
 
 
-class _Draw(Protocol):
-    def __call__(self, axes: Sequence[Axes], shown: Sequence[Shown], *, alone: bool) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Panel:
     name: str
     caption: str
     shown: Sequence[Shown]
-    draw: _Draw
+    draw: Draw
     keys: Sequence[Line2D]
     """The legend of the figure that stands alone."""
     units: int = 4
@@ -81,6 +80,8 @@ class _Panel:
     plots: int = 1
     across: int = 1
     """Plots in a row of the figure that stands alone; on a page they all are in one row."""
+    apart: str = ""
+    """A name that the figure which stands alone has where its one plot would hold too many bands, and each arm gets a plot."""
     heading: str = ""
     """Of the figure that stands alone, where its plots have names of their own."""
     on_page: bool = True
@@ -131,7 +132,7 @@ def arms_panels(arms: Sequence[ArmInside], *, between: Sequence[Between] = ()) -
     left = _left_out(arms, shown)
     figures = {}
     with paper():
-        for panel in _panels(shown, between):
+        for panel in map(_apart, _panels(shown, between)):
             figure = blank(panel.alone)
             rows = -(-panel.plots // panel.across)
             grid = figure.add_gridspec(rows, panel.across, wspace=0, hspace=0)
@@ -143,6 +144,19 @@ def arms_panels(arms: Sequence[ArmInside], *, between: Sequence[Between] = ()) -
                 legend_below(figure, panel.keys)
             figures[panel.name] = (figure, " ".join(filter(None, [panel.caption, left])))
     return figures
+
+
+def _apart(panel: _Panel) -> _Panel:
+    """With a plot an arm, where one would hold too many bands and all arms have the same layers."""
+    if not panel.apart or len(panel.shown) <= _TOGETHER or not same_depth(panel.shown):
+        return panel
+    rows = -(-len(panel.shown) // _ACROSS)
+    first = panel.shown[0].name
+    return replace(
+        panel, heading=panel.apart, draw=partial(draw_apart, draw=panel.draw, across=_ACROSS), plots=len(panel.shown),
+        across=_ACROSS, alone=0.75 + 1.25 * rows, caption=f"{panel.caption} Grey: the mean of {first}.",
+        keys=[reference("untrained")] if has_untrained(panel.shown) else [],
+    )  # fmt: skip
 
 
 def _shown(arms: Sequence[ArmInside]) -> list[Shown]:
@@ -171,14 +185,28 @@ def _panels(shown: Sequence[Shown], between: Sequence[Between]) -> Iterator[_Pan
         band_and_dashes += " Numbers of layers differ: depth is a share of them."
     if any_has(shown, has_frequency("hfd_share")):
         said = f"Share of the residual stream's energy at radii {cutoff_name(nearest_cutoff(shown))} (1 is the Nyquist frequency of an axis), after the stem and after each layer."
-        yield _Panel(name="hfd_share", caption=f"{said} {band_and_dashes}", shown=shown, draw=draw_hfd_share, keys=keys)
+        yield _Panel(
+            name="hfd_share",
+            caption=f"{said} {band_and_dashes}",
+            shown=shown,
+            draw=draw_hfd_share,
+            keys=keys,
+            apart=f"HFD share, {cutoff_name(nearest_cutoff(shown))}",
+        )
     if any_has(shown, has_heads("head_diversity")):
         said = "Head Diversity: standard deviation over the heads of a layer of their mean attention distance, in units of uniform attention's."
         said = " ".join(filter(None, [said, band_and_dashes, f"{heads}." if heads else ""]))
-        yield _Panel(name="head_diversity", caption=said, shown=shown, draw=draw_head_diversity, keys=keys)
+        yield _Panel(
+            name="head_diversity",
+            caption=said,
+            shown=shown,
+            draw=draw_head_diversity,
+            keys=keys,
+            apart="Head Diversity",
+        )
     if any_has(shown, has_amplitude):
         said = f"Log amplitude of the highest frequency on the diagonal{_highest(shown)} minus that of DC, after the stem and after each layer."
-        yield _Panel(name="log_amplitude", caption=f"{said} {band_and_dashes}", shown=shown, draw=draw_log_amplitude, keys=keys)  # fmt: skip
+        yield _Panel(name="log_amplitude", caption=f"{said} {band_and_dashes}", shown=shown, draw=draw_log_amplitude, keys=keys, apart="Δ log amplitude")  # fmt: skip
     if having := [one for one in shown if any_has([one], has_heads("attention_distance"))]:
         yield _distances(having)
     if any_has(shown, lambda inside: inside.filters is not None and has_curves(inside.filters.input)):
