@@ -70,10 +70,9 @@ def main(argv: list[str]) -> int:
         if not check:
             index.write_text(wanted)
     front = (ROOT.parent / "README.md").read_text()
-    for name, said in re.findall(
-        r"<!-- every number is in experiments/(\S+)/README.md -->(.*?)<!-- end -->", front, re.DOTALL
-    ):
-        unbacked += _unbacked("README.md", said, (ROOT / name / "README.md").read_text().partition(_BEGIN)[2])
+    for names, said in re.findall(r"<!-- every number is in (.+?) -->(.*?)<!-- end -->", front, re.DOTALL):
+        pages = [(ROOT.parent / name).read_text() for name in names.split(" and ")]
+        unbacked += _unbacked("README.md", said, "\n".join(page.partition(_BEGIN)[2] for page in pages))
     for path in changed:
         print(path.relative_to(ROOT.parent))
     for said in unbacked:
