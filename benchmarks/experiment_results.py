@@ -1,7 +1,9 @@
 """The results in the READMEs of experiments that have run: tables and figures of the report, drawn from records.jsonl.
 
-    python benchmarks/experiment_results.py           # writes experiments/NNN-slug/README.md and figures/
-    python benchmarks/experiment_results.py --check   # says which README would change; exit status 1
+    python benchmarks/experiment_results.py           # writes experiments/NNN-slug/README.md and figures/, the
+                                                      # list of answers, and the front page's figure
+    python benchmarks/experiment_results.py --check   # says which README would change, and which number of an
+                                                      # answer is not in its results; exit status 1
 
 Every number between the two marks comes from ``python -m eit_lab.report experiments/NNN-slug``, which anyone can run; this only
 cuts the verdict, the arms, the differences, what was found inside and the cost out of its page.
@@ -19,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import evidence_figure
 from eit_lab.report.__main__ import main as report
 from eit_lab.report.figure import colour, line, marker, panel, save_figure, style
 
@@ -69,6 +72,8 @@ def main(argv: list[str]) -> int:
         changed.append(index)
         if not check:
             index.write_text(wanted)
+    if not check and (status := evidence_figure.main()):
+        return status
     front = (ROOT.parent / "README.md").read_text()
     for names, said in re.findall(r"<!-- every number is in (.+?) -->(.*?)<!-- end -->", front, re.DOTALL):
         pages = [(ROOT.parent / name).read_text() for name in names.split(" and ")]
