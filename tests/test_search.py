@@ -210,6 +210,7 @@ def told(found: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:
         (["data.num_workers=choice(0,1)"], "data.num_workers is not a part of what a run computes"),
         ([LR, "hydra/launcher=slurm", "hydra.launcher.wait=false"], "hydra.launcher.wait must be true"),
         ([LR, "per=arms"], "per=arms searches the arms of a declared experiment"),
+        ([LR, "arms=[eit]"], "arms=... names arms of a declared experiment, and needs experiment=NAME per=arms"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_written(
@@ -627,7 +628,7 @@ def test_a_runs_value_is_its_best_epoch_or_its_last(tmp_path: Path) -> None:
     assert read_curve(tmp_path / "nothing", "val/acc1") == {}
 
 
-def test_declared_arms_are_searched_apart(machine: Callable[..., Machine]) -> None:
+def test_declared_arms_are_searched_apart(machine: Callable[..., Machine], capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("experiments/007-arms")
     folder.mkdir(parents=True)
     arms = {"plain": ["model=vit_nano", "recipe.lr=1e-3"], "eit": ["model=eit_nano", "recipe.lr=2e-3"]}
@@ -646,6 +647,15 @@ def test_declared_arms_are_searched_apart(machine: Callable[..., Machine]) -> No
     assert [(row["arm"], row["trial"]) for row in found] == [("plain", "1"), ("plain", "2"), ("eit", "1"), ("eit", "2")]
     assert [row["runs"].split("-")[0] for row in found] == ["vit_nano", "vit_nano", "eit_nano", "eit_nano"]
     assert [row["recipe.lr"] for row in found[:2]] == [row["recipe.lr"] for row in found[2:]]
+    assert main(["experiment=007-arms", "per=arms", "arms=[eit]", LR, "trials=2", "name=one"]) == 0
+    assert len(here.started) == 4, "the same two runs as before"
+    with (Path("runs/searches/one") / "trials.csv").open() as file:
+        alone = list(csv.DictReader(file))
+    assert [(row["arm"], row["runs"]) for row in alone] == [("eit", row["runs"]) for row in found[2:]]
+    assert main(["experiment=007-arms", "per=arms", "arms=[ei]", LR, "trials=2"]) == 2
+    assert "arms" in (said := capsys.readouterr().err)
+    assert "'ei'" in said
+    assert "nearest: eit" in said
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from eit_lab.compose import Flags, OpenSpace
 from eit_lab.config import _CHECKED, Config, ConfigError, NonNegInt, PosInt, Text, _opt
-from eit_lab.declaration import PLAIN_NAME, Declaration, find_experiment, override_key, read_experiment
+from eit_lab.declaration import PLAIN_NAME, Declaration, check_arm, find_experiment, override_key, read_experiment
 from eit_lab.loading import load_part, nearest
 from eit_lab.search.space import SearchSpace, read_space
 
@@ -51,6 +51,7 @@ class SearchOptions:
     per: tuple[Text, ...] = _opt(
         (), "keys whose values are arms: each is searched apart, with the same trials; arms: a declared experiment's"
     )
+    arms: tuple[Text, ...] | None = _opt(None, "only these arms of the experiment that per=arms searches")
     space: Text | None = _opt(None, "YAML file with overrides and options, one a line; the command line goes over it")
     wandb: Text | None = _opt(None, "write the same search as a W&B sweep into this file, and run nothing")
 
@@ -105,7 +106,9 @@ def read_request(flags: Flags) -> Request:
     overrides, options = take_options(flags.overrides)
     name, declared, overrides = _declared(overrides, options)
     composed = OpenSpace(overrides, config_name=flags.config_name, config_dirs=flags.config_dirs)
-    arms = {label: (*declared.base, *own) for label, own in declared.arms.items()} if declared else None
+    arms = (
+        {label: (*declared.base, *declared.arms[label]) for label in _wanted(declared, options)} if declared else None
+    )
     per = () if declared else options.per
     space = read_space(composed, per=per, arms=_typed_goes_over(arms, overrides) if arms else None)
     space.check()
@@ -203,7 +206,7 @@ def take_options(words: Sequence[str]) -> tuple[list[str], SearchOptions]:
     for text in words:
         key, equals, value = text.partition("=")
         if key in OPTIONS and equals:
-            plain[key] = _list(value) if key == "per" else _scalar(value)
+            plain[key] = _list(value) if key in ("per", "arms") else _scalar(value)
             continue
         _refuse_typo(key, value)
         rest.append(_translated(text))
@@ -247,7 +250,7 @@ def _from_file(path: Path) -> list[str]:
 
 
 def _list(text: str) -> list[str]:
-    return [word.strip() for word in text.strip().strip("[]").split(",") if word.strip()]
+    return [word.strip().strip("\"'") for word in text.strip().strip("[]").split(",") if word.strip()]
 
 
 def _scalar(text: str) -> Any:
@@ -267,6 +270,8 @@ def _declared(overrides: Sequence[str], options: SearchOptions) -> tuple[str | N
     named = [text.partition("=")[2] for text in overrides if override_key(text) == "experiment"][-1:]
     folder = find_experiment(named[0]) if named else None
     if folder is None:
+        if options.arms is not None:
+            raise ConfigError("arms=... names arms of a declared experiment, and needs experiment=NAME per=arms")
         if options.per == ("arms",):
             raise ConfigError("per=arms searches the arms of a declared experiment, and needs experiment=NAME")
         return None, None, list(overrides)
@@ -274,6 +279,12 @@ def _declared(overrides: Sequence[str], options: SearchOptions) -> tuple[str | N
         raise ConfigError(f"experiment={named[0]} declares arms, each of which is searched apart: per=arms")
     rest = [text for text in overrides if override_key(text) != "experiment"]
     return named[0], read_experiment(folder), rest
+
+
+def _wanted(declared: Declaration, options: SearchOptions) -> list[str]:
+    for arm in options.arms or ():
+        check_arm(arm, declared.arms, key="arms")
+    return [arm for arm in declared.arms if options.arms is None or arm in options.arms]
 
 
 def _typed_goes_over(arms: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> dict[str, list[str]]:
