@@ -148,6 +148,24 @@ def test_cls_sees_itself_only_where_there_is_nothing_but_convolution() -> None:
     torch.testing.assert_close(row, torch.eye(row.shape[1])[:1].expand(5, -1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("cls", "of_itself"), [("pass", 1.0), ("zero", 0.0)])
+def test_cls_sees_of_the_convolution_what_the_model_gives_it(cls: str, of_itself: float) -> None:
+    model = model_of("lsra_nano", cls=cls)
+    seen: list[torch.Tensor] = []
+
+    class Matrices(Tap):
+        def convolution(self, layer: int, taps: ConvolutionTaps) -> None:
+            seen.append(taps.matrix())
+
+    with torch.no_grad():
+        model(images(), tap=Matrices())
+    assert len(seen) == 3
+    for matrix in seen:
+        assert matrix[0, 0, 0] == of_itself
+        assert not matrix[0, 0, 1:].any()
+        torch.testing.assert_close(matrix[0, 1:].sum(-1), torch.ones(matrix.shape[1] - 1))
+
+
 def test_map_is_the_mean_over_images_for_any_batches_and_ranks() -> None:
     rows = torch.rand(7, 1 + 6)
     expected = rows[:, 1:].double().mean(0).view(2, 3)

@@ -250,3 +250,11 @@ def test_what_a_depthwise_convolution_does_not_have_is_refused(setting: str) -> 
     key, _, _ = setting.partition("=")
     with pytest.raises(ConfigError, match=f"{key} belongs to model.ib.conv=lightweight or dynamic, got"):
         compose_one(["model=lsra_mini", setting])
+
+
+@pytest.mark.parametrize("name", ["lsra_lite_mini", "lsra_dynamic_mini"])
+def test_a_branch_with_linear_layers_has_no_row_of_cls_to_zero(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.ib\.cls=zero belongs to model\.ib\.conv=depthwise, got it with conv '(light|dyn)"
+    ):
+        compose_one([f"model={name}", "model.ib.cls=zero"])

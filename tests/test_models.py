@@ -233,12 +233,18 @@ def test_initialisation_is_the_published_one() -> None:
     assert all(not m.bias.any() for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm))
 
 
+def with_cls(name: str, cls: str) -> ModelConfig:
+    config = compose_model(name)
+    return dataclasses.replace(config, ib=dataclasses.replace(config.ib, cls=cls))
+
+
 def test_cls_adds_its_normalised_self_in_the_channels_of_the_published_convolution() -> None:
     """docs/models.md: norm of CLS, and how much of it differs between images, before any training."""
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = {}
-    for name in ("vit_nano", "lsra_lite_nano", "lsra_nano", "eit_nano"):
-        model = build(compose_model(name)).eval()
+    for name in ("vit_nano", "lsra_lite_nano", "lsra_nano", "eit_nano", "lsra_nano zero"):
+        model_name, *zero = name.split()
+        model = build(with_cls(model_name, "zero" if zero else "pass")).eval()
         last: list[torch.Tensor] = []
         model.blocks[-1].register_forward_hook(lambda _, __, x, last=last: last.append(x))
         with torch.no_grad():
@@ -250,6 +256,27 @@ def test_cls_adds_its_normalised_self_in_the_channels_of_the_published_convoluti
         assert found[name][0] > 10 * found["vit_nano"][0]
         assert found[name][1] < found["vit_nano"][1] / 100
     assert found["lsra_lite_nano"][0] < 2 * found["vit_nano"][0]
+    assert found["lsra_nano zero"][0] < 2 * found["vit_nano"][0]
+    assert found["lsra_nano zero"][1] > 100 * found["lsra_nano"][1]
+
+
+@pytest.mark.parametrize("ib", ["lsra", "eit"])
+def test_cls_zero_takes_from_cls_what_the_convolution_gave_it_and_nothing_else(ib: str) -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    published, zero = (build(with_cls(f"{ib}_nano", cls)).eval() for cls in ("pass", "zero"))
+    assert published.state_dict().keys() == zero.state_dict().keys()
+    zero.load_state_dict(published.state_dict())
+    mixers = published.blocks[0].mixer, zero.blocks[0].mixer
+    conv_dim, grid = mixers[0].split.conv_dim, (3, 5)
+    assert conv_dim > 0
+    x = torch.randn(2, 1 + 15, published.config.size.embed_dim)
+    with torch.no_grad():
+        before, after = (mixer(x, grid) for mixer in mixers)
+        assert not torch.equal(published(images), zero(images))
+    assert torch.equal(before[:, 0, :conv_dim], x[:, 0, :conv_dim])
+    assert torch.equal(after[:, 0, :conv_dim], torch.zeros(2, conv_dim))
+    torch.testing.assert_close(after[:, 1:], before[:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(after[:, 0, conv_dim:], before[:, 0, conv_dim:], rtol=0, atol=0)
 
 
 def test_stochastic_depth_drops_whole_rows_in_training_only() -> None:

@@ -71,6 +71,9 @@ class IBConfig:
         "depthwise",
         "kernels: free ones, one a channel; shared in a head, softmax-normalised; these, predicted by each token",
     )
+    cls: Literal["pass", "zero"] = _opt(
+        "pass", "what a depthwise convolution adds to CLS: its own row, as published, or nothing"
+    )
     glu: Flag = _opt(False, "gate the linear layer before the convolution; with conv=lightweight or dynamic")
     weight_dropout: BelowOne = _opt(0.0, "share of kernel taps dropped in training; with conv=lightweight or dynamic")
     attn_dims: tuple[NonNegInt, ...] | None = _opt(None, "attention channels per layer, for rule=custom only")
@@ -81,6 +84,8 @@ class IBConfig:
                 f"model.ib.kernel_size must be odd, so that the token grid keeps its size, got {self.kernel_size}; "
                 f"nearest: {self.kernel_size + 1}"
             )
+        if self.cls != "pass" and self.conv != "depthwise":
+            raise ValueError(f"model.ib.cls=zero belongs to model.ib.conv=depthwise, got it with conv {self.conv!r}")
         for key in ("glu", "weight_dropout"):
             if self.conv == "depthwise" and (value := getattr(self, key)):
                 raise ValueError(

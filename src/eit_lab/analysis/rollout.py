@@ -4,7 +4,8 @@ Source: Abnar & Zuidema 2020 (arXiv:2005.00928): R_l = rownorm(A/2 + I/2) R_{l-1
 CLS in the last R.
 
 Where we differ: a split mixer moves tokens by attention in ``a`` of its D channels and by convolution in the other ``c``, so A is
-replaced by (a / D) A + (c / D) |convolution as a matrix| with rows summing to 1; CLS sees itself only in the convolution. This
+replaced by (a / D) A + (c / D) |convolution as a matrix| with rows summing to 1; CLS sees itself only in the convolution. Where
+model.ib.cls=zero it sees nothing there, and its row sums to a / D before the residual is added and rows are made to sum to 1. This
 extension is our own. It leaves out what the published rollout leaves out too: values, projections and the MLP.
 """
 

@@ -11,6 +11,8 @@ the backbone do. Nobody published this branch for images.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,14 +24,17 @@ from eit_lab.models.triton_conv import grid_conv
 
 
 class GridConv(nn.Module):
-    """Depthwise k x k convolution of tokens on their grid, stride 1, no bias. The CLS row passes unchanged."""
+    """Depthwise k x k convolution of tokens on their grid, stride 1, no bias. The CLS row passes unchanged, or becomes zero."""
 
-    def __init__(self, dim: int, *, kernel_size: int) -> None:
+    def __init__(self, dim: int, *, kernel_size: int, cls: Literal["pass", "zero"] = "pass") -> None:
         super().__init__()
+        self.cls = cls
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 1 + h w, c) -> (B, 1 + h w, c)."""
+        if self.cls == "zero":  # no token reads the row of CLS
+            x = F.pad(x[:, 1:], (0, 0, 1, 0))
         if self.path(x) == "triton":
             return grid_conv(x, self.conv.weight, grid)
         # The tokens are already an image in channels-last order: unflatten and permute are views, and the
@@ -37,6 +42,10 @@ class GridConv(nn.Module):
         image = x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, c, h, w)
         tokens = self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([x[:, :1], tokens], dim=1)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether one kernel can convolve channels of ``x``, pass CLS and write what attention gave beside them."""
+        return self.cls == "pass" and self.path(x) == "triton"
 
     def path(self, x: Tensor) -> str:
         """How tokens like these are convolved, of paths.DEPTHWISE."""
@@ -142,7 +151,7 @@ class LiteBranch(nn.Module):
 def build_convolution(ib: IBConfig, *, dim: int, num_heads: int) -> GridConv | LiteBranch:
     """The convolution branch for ``dim`` channels, a multiple of ``num_heads``: (B, 1 + h w, dim), (h, w) -> the same shape."""
     if ib.conv == "depthwise":
-        return GridConv(dim, kernel_size=ib.kernel_size)
+        return GridConv(dim, kernel_size=ib.kernel_size, cls=ib.cls)
     kind = LightweightConv if ib.conv == "lightweight" else DynamicConv
     conv = kind(dim, num_heads=num_heads, kernel_size=ib.kernel_size, weight_dropout=ib.weight_dropout)
     return LiteBranch(conv, dim=dim, glu=ib.glu)

@@ -105,9 +105,9 @@ class AttentionMaps:
 class ConvolutionTaps:
     """What a convolution branch weighs the neighbours of each token with: the mean of |kernel| over its channels."""
 
-    def __init__(self, taps: Callable[[], Tensor], grid: tuple[int, int]) -> None:
-        """``taps()`` -> (B or 1, h w or 1, k k), rows of a kernel one after the other."""
-        self._taps, self.grid = taps, grid
+    def __init__(self, taps: Callable[[], Tensor], grid: tuple[int, int], *, keeps_cls: bool = True) -> None:
+        """``taps()`` -> (B or 1, h w or 1, k k), rows of a kernel one after the other; whether CLS comes out as it was."""
+        self._taps, self.grid, self.keeps_cls = taps, grid, keeps_cls
 
     def taps(self) -> Tensor:
         """(B or 1, h w, k k), float32, no gradient; what a kernel reaches outside the grid is in it."""
@@ -115,7 +115,7 @@ class ConvolutionTaps:
         return taps.expand(-1, self.grid[0] * self.grid[1], -1)
 
     def matrix(self) -> Tensor:
-        """The convolution as a matrix over tokens (B or 1, N, N), rows divided by their sum; CLS sees itself only."""
+        """The convolution as a matrix over tokens (B or 1, N, N), rows divided by their sum; CLS sees itself only, or nothing."""
         (h, w), taps = self.grid, self.taps()
         k = round(taps.shape[-1] ** 0.5)
         rows, cols = (x.flatten() for x in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
@@ -126,5 +126,5 @@ class ConvolutionTaps:
         matrix = taps.new_zeros(taps.shape[0], 1 + h * w, 1 + h * w)
         weights = taps * inside.to(taps.device)
         matrix[:, 1:].scatter_add_(-1, target.expand(taps.shape[0], -1, -1), weights)
-        matrix[:, 0, 0] = 1
+        matrix[:, 0, 0] = float(self.keeps_cls)
         return matrix / matrix.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -59,7 +59,7 @@ class SplitMixer(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int], *, tap: Tap | None = None, layer: int = 0) -> Tensor:
         """Mix tokens on their grid: (B, 1 + h w, D) -> (B, 1 + h w, D)."""
         conv_in, attn_in = x.split(list(self.split), dim=-1)
-        if tap is None and self.attn is not None and isinstance(self.conv, GridConv) and self.conv.path(x) == "triton":
+        if tap is None and self.attn is not None and isinstance(self.conv, GridConv) and self.conv.joins(x):
             return grid_conv(
                 conv_in, self.conv.conv.weight, grid, tail=self.attn(attn_in)
             )  # written beside, not concatenated
@@ -70,5 +70,7 @@ class SplitMixer(nn.Module):
             for name, branch in zip(names, branches, strict=True):
                 tap.branch(f"blocks.{layer}.{name}", branch)
             if self.conv is not None:
-                tap.convolution(layer, ConvolutionTaps(partial(self.conv.taps, conv_in, grid), grid))
+                keeps_cls = not (isinstance(self.conv, GridConv) and self.conv.cls == "zero")
+                taps = ConvolutionTaps(partial(self.conv.taps, conv_in, grid), grid, keeps_cls=keeps_cls)
+                tap.convolution(layer, taps)
         return torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]

@@ -32,9 +32,14 @@ class Literal(nn.Module):
         size = config.size
         if config.stem.kind not in ("eit", "patchify"):
             raise ValueError(f"a literal model has the stem eit or patchify, got {config.stem.kind}")
-        if config.ib.conv != "depthwise" or config.pos_embed != "none" or config.drop_path_rate:
+        if (
+            config.ib.conv != "depthwise"
+            or config.ib.cls != "pass"
+            or config.pos_embed != "none"
+            or config.drop_path_rate
+        ):
             raise ValueError(
-                "a literal model has depthwise convolutions, no position embedding and no stochastic depth"
+                "a literal model has depthwise convolutions that pass CLS, no position embedding and no stochastic depth"
             )
         image = backbone.img_size
         if config.stem.kind == "patchify" and any(side % int(config.stem.pitch or 0) for side in image):
