@@ -210,6 +210,7 @@ def told(found: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:
         (["data.num_workers=choice(0,1)"], "data.num_workers is not a part of what a run computes"),
         ([LR, "hydra/launcher=slurm", "hydra.launcher.wait=false"], "hydra.launcher.wait must be true"),
         ([LR, "per=arms"], "per=arms searches the arms of a declared experiment"),
+        ([LR, "arms=[]"], "arms must name one arm at least, got []"),
         ([LR, "arms=[eit]"], "arms=... names arms of a declared experiment, and needs experiment=NAME per=arms"),
     ],
 )  # fmt: skip

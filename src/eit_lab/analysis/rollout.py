@@ -39,6 +39,8 @@ def mean_over_heads(maps: AttentionMaps) -> Tensor:
 def mixer_matrix(attention: Tensor | None, convolution: Tensor | None, *, attn_dim: int, conv_dim: int) -> Tensor:
     """What a mixer does to tokens, as a matrix with rows summing to 1: (a / D) A + (c / D) convolution.
 
+    That of CLS sums to a / D where the convolution gives it nothing.
+
     ``attention`` (B, N, N), the mean over heads; ``convolution`` (B or 1, N, N); None for a branch without channels.
     """
     assert (attention is not None) == (attn_dim > 0), f"attention maps belong to attn_dim > 0, which is {attn_dim}"

@@ -1,4 +1,4 @@
-"""What the convolution channels of a mixer go through: three kinds, each on the token grid, stride 1, the CLS row passing.
+"""What the convolution channels of a mixer go through: three kinds, each on the token grid, stride 1; CLS passes, or gets nothing.
 
 Sources: ``depthwise`` is EIT's (arXiv:2203.07116): free kernels, one for each channel, and nothing else. ``lightweight`` and
 ``dynamic`` (arXiv:1901.10430) make the branch of LSRA as Lite Transformer has it (arXiv:2004.11886): a linear layer, with or
@@ -33,15 +33,15 @@ class GridConv(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 1 + h w, c) -> (B, 1 + h w, c)."""
-        if self.cls == "zero":  # no token reads the row of CLS
-            x = F.pad(x[:, 1:], (0, 0, 1, 0))
         if self.path(x) == "triton":
-            return grid_conv(x, self.conv.weight, grid)
+            passing = x if self.cls == "pass" else F.pad(x[:, 1:], (0, 0, 1, 0))  # no token reads the row of CLS
+            return grid_conv(passing, self.conv.weight, grid)
         # The tokens are already an image in channels-last order: unflatten and permute are views, and the
         # convolution reads its slice of the channels once.
         image = x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (B, c, h, w)
         tokens = self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
-        return torch.cat([x[:, :1], tokens], dim=1)
+        cls = x[:, :1] if self.cls == "pass" else torch.zeros_like(x[:, :1])
+        return torch.cat([cls, tokens], dim=1)
 
     def joins(self, x: Tensor) -> bool:
         """Whether one kernel can convolve channels of ``x``, pass CLS and write what attention gave beside them."""

@@ -56,6 +56,8 @@ class SearchOptions:
     wandb: Text | None = _opt(None, "write the same search as a W&B sweep into this file, and run nothing")
 
     def __post_init__(self) -> None:
+        if self.arms is not None and not self.arms:
+            raise ValueError("arms must name one arm at least, got []; nearest: leave it out")
         if self.name is not None and not PLAIN_NAME.fullmatch(self.name):
             raise ValueError(f"name must be a plain file name (letters, digits, - _ .), got {self.name!r}")
         if self.objective.startswith("test/"):
@@ -110,7 +112,7 @@ def read_request(flags: Flags) -> Request:
         {label: (*declared.base, *declared.arms[label]) for label in _wanted(declared, options)} if declared else None
     )
     per = () if declared else options.per
-    space = read_space(composed, per=per, arms=_typed_goes_over(arms, overrides) if arms else None)
+    space = read_space(composed, per=per, arms=_typed_goes_over(arms, overrides) if arms is not None else None)
     space.check()
     return dataclasses.replace(_complete(options, space), experiment=name, declared=declared)
 

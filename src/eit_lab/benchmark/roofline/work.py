@@ -74,6 +74,10 @@ def check(backbone: nn.Module) -> None:
             f"model must have depthwise convolutions and the stem eit or patchify, got {config.ib.conv} and "
             f"{config.stem.kind}; nearest: eit_base"
         )
+    if config.ib.cls != "pass":
+        raise ConfigError(
+            f"model.ib.cls must be pass for a literal implementation, got {config.ib.cls!r}; nearest: pass"
+        )
 
 
 def _sum(one: Operator, other: Operator) -> Operator:
